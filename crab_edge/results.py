@@ -1,0 +1,126 @@
+"""Typed results of the tasks. Times are seconds of the clip; coordinates are pixels of the original frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Literal, Union
+
+Modality = Literal["audio", "visual", "audio-visual"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that lasts from `start_s` to `end_s` (exclusive)."""
+
+    label: str
+    start_s: float
+    end_s: float
+    modality: Modality
+
+
+@dataclass(frozen=True)
+class Box:
+    """Axis-aligned box: left, top, right, bottom."""
+
+    label: str
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+@dataclass(frozen=True)
+class Points:
+    """Points on one object, each (x, y)."""
+
+    label: str
+    xy: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A binary mask in COCO run-length form (column-major counts) and the tool that made it."""
+
+    label: str
+    height: int
+    width: int
+    counts: tuple[int, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A short answer: a word, a number, an option."""
+
+    value: str
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Free text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Unparsed:
+    """The raw answer didn't have the task's form; `reason` says where it left it."""
+
+    reason: str
+
+
+Result = Union[Event, Box, Points, Mask, Choice, Caption, Unparsed]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds spent, by step; `tokens` are the generated ones."""
+
+    decode_s: float = 0.0
+    features_s: float = 0.0
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+    generate_s: float = 0.0
+    total_s: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One task's answer for one clip.
+
+    `parsed` holds the typed results in the order of the text; `raw` is what the model said, by window joined
+    with newlines when the clip was longer than one window.
+    """
+
+    task: str
+    raw: str
+    parsed: tuple[Result, ...]
+    timings: Timings
+    question: str | None = None
+    notices: tuple[str, ...] = ()
+    router: Any = field(default=None, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, each result with its `type`."""
+        return {
+            "task": self.task,
+            "question": self.question,
+            "raw": self.raw,
+            "parsed": results_to_json(self.parsed),
+            "timings": asdict(self.timings),
+            "notices": list(self.notices),
+        }
+
+
+def results_to_json(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Results as dictionaries with a `type` field, for JSON."""
+    out = []
+    for result in results:
+        if not is_dataclass(result):
+            raise TypeError(f"expected a typed result, got {type(result).__name__}")
+        out.append({"type": type(result).__name__.lower(), **asdict(result)})
+    return out
