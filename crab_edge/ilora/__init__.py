@@ -1,0 +1,6 @@
+"""I-LoRA, the operator: the same mathematics once per way of running it.
+
+`reference` is numpy in float64; `torch_layer`, `torch_tuner`, `torch_register` are the PEFT method (extra
+`train`); `onnx_functions` holds the two ONNX operators (extra `export`). Nothing is imported here: the
+runtime has neither torch nor onnx.
+"""
