@@ -1,0 +1,169 @@
+"""Reads AV-UIE v2's record lists, `AVUIE_2/<task>/{train,test}.json`, with their differing field names.
+
+What a record means is declared by its task (`crab_edge.tasks`): the media by the recipe; question, target and
+truth by the task's own readers. Every media path is checked before anything runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from crab_edge.errors import InputError
+from crab_edge.tasks.base import Parsed, Record, Task, required
+from crab_edge.tasks.recipes import MediaRecipe
+
+#: Media fields of the official lists by kind and how many a task takes; the first one present is used.
+_PATH_FIELDS: dict[tuple[str, int], tuple[tuple[str, ...], ...]] = {
+    ("video", 1): (("video_path", "visual_path"),),
+    ("video", 2): (("video1_path",), ("video2_path",)),
+    ("image", 1): (("image_path", "visual_path"),),
+    ("audio", 1): (("audio_path",),),
+    ("audio", 2): (("audio1_path",), ("audio2_path",)),
+}
+#: Lists without paths name the clip; its files are `video/<name>.<suffix>` and `audio/<name>.<suffix>`.
+_NAME_FIELDS = ("vid", "filename", "video_id", "video_name")
+_SUFFIXES = {
+    "video": (".mp4", ".avi", ".mkv", ".webm", ".mov"),
+    "image": (".jpg", ".png", ".jpeg"),
+    "audio": (".wav", ".mp3", ".flac", ".m4a", ".ogg"),
+}
+
+
+@dataclass(frozen=True)
+class TestRecord:
+    """One record: `media` as (path, kind) in the prompt's order; `truth` None when it isn't scored.
+
+    `key` is the record's place and a hash of its content: it names the prediction when a run resumes.
+    """
+
+    __test__ = False  # pytest, this is no test class
+
+    task: str
+    key: str
+    media: tuple[tuple[Path, str], ...]
+    question: str | None
+    truth: Parsed | None
+    fields: Mapping[str, Any]
+
+    @property
+    def missing(self) -> list[Path]:
+        """Media files that aren't there."""
+        return [path for path, _ in self.media if not path.is_file()]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The records of one list. `name` is the file's stem: "test", "test_unseen", ..."""
+
+    task: str
+    name: str
+    path: Path
+    records: tuple[TestRecord, ...]
+
+    @property
+    def variant(self) -> str:
+        """What distinguishes it from the main list: "" for `test`, "unseen" for `test_unseen`."""
+        return self.name.removeprefix("test").strip("_-")
+
+
+def splits(data: Path, task: Task, prefix: str = "test") -> list[Path]:
+    """The task's lists `<prefix>*.json`, the main one first; empty when the data set is absent."""
+    found = sorted((data / task.name).glob(f"{prefix}*.json"))
+    return sorted(found, key=lambda path: (path.stem != prefix, path.stem))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """A list file as it is; InputError when it isn't a JSON list of objects."""
+    try:
+        records = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}); check --data") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); download or render the list again") from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError(f"{path}: expected a JSON list of objects, AV-UIE v2's layout; check --data")
+    return records
+
+
+def read_split(path: Path, task: Task, *, limit: int | None = None) -> Split:
+    """A test list with media paths and truth. InputError names file, record and field of a bad record."""
+    records = read_records(path)[:limit]
+    return Split(task.name, path.stem, path, tuple(_record(path, task, i, r) for i, r in enumerate(records)))
+
+
+def target(record: Record, task: Task) -> str:
+    """A train record's answer text, verbatim."""
+    return str(required(record, *task.targets))
+
+
+def check_media(split_list: Sequence[Split]) -> None:
+    """InputError when any media file of these lists is missing: how many, and the first one."""
+    missing = [path for split in split_list for record in split.records for path in record.missing]
+    total = sum(len(record.media) for split in split_list for record in split.records)
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {total} media files are missing, the first is {missing[0]}; "
+            "complete the folder or leave such records out with --skip-missing"
+        )
+
+
+def _record(path: Path, task: Task, index: int, record: dict[str, Any]) -> TestRecord:
+    digest = sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    try:
+        return TestRecord(
+            task=task.name,
+            key=f"{index}-{digest[:12]}",
+            media=tuple(media_paths(record, task.media, path.parent)),
+            question=task.question(record) if task.needs_question else None,
+            truth=task.truth(record),
+            fields=record,
+        )
+    except (InputError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: record {index}: {error}") from error
+
+
+def media_paths(record: Record, recipe: MediaRecipe, folder: Path) -> Iterator[tuple[Path, str]]:
+    """(path, kind) of a record's media in the prompt's order: visual first. `folder` is `AVUIE_2/<task>`.
+
+    A path that isn't on disk comes back as the place where it was expected; paths that leave the folder are
+    refused with an InputError.
+    """
+    for kind, count in (("video", recipe.videos), ("image", recipe.images), ("audio", recipe.audios)):
+        if not count:
+            continue
+        fields = _PATH_FIELDS.get((kind, count))
+        if fields is None:
+            raise InputError(f"no field names are known for {count} {kind} streams")
+        for names in fields:
+            given = next((str(record[name]) for name in names if record.get(name)), None)
+            if given is not None:
+                yield _located(given, kind, folder), kind
+            elif count == 1:
+                yield _by_name(str(required(record, *names, *_NAME_FIELDS)), kind, folder), kind
+            else:
+                raise InputError(f"a record lacks the field {names[0]}")
+
+
+def _located(given: str, kind: str, folder: Path) -> Path:
+    pure = PurePosixPath(given.replace("\\", "/"))
+    if ".." in pure.parts:
+        raise InputError(f"the path {given} leaves the folder {folder}")
+    # The authors' own absolute paths occur in their lists: the file's name is what counts then.
+    tried = [] if pure.is_absolute() else [folder / pure, folder / kind / pure]
+    tried.append(folder / kind / pure.name)
+    return next((path for path in tried if path.is_file()), tried[0])
+
+
+def _by_name(name: str, kind: str, folder: Path) -> Path:
+    if "/" in name or "\\" in name or name in (".", ".."):
+        raise InputError(f"the clip name {name} isn't a file name")
+    tried = [folder / kind / f"{name}{suffix}" for suffix in _SUFFIXES[kind]]
+    if PurePosixPath(name).suffix:
+        tried += [folder / kind / name]
+        tried += [folder / kind / f"{PurePosixPath(name).stem}{suffix}" for suffix in _SUFFIXES[kind]]
+    return next((path for path in tried if path.is_file()), tried[0])
