@@ -1,0 +1,211 @@
+"""Writes scenes in AV-UIE v2's layout: `<out>/<task>/{train,test,test_unseen}.json`, the media beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import wave as wave_file
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from crab_edge.errors import TaskError
+from crab_edge.training.scenes.sounds import RATE
+from crab_edge.training.scenes.source import FPS, RenderedScene, SceneSource
+from crab_edge.training.scenes.truth import Sample
+
+TASKS = ("ave", "avvp", "arig", "avqa", "avcap")
+QUESTIONS_PER_SCENE = 3
+_NAME_FIELD = {"ave": "vid", "avvp": "vid", "avqa": "video_id", "avcap": "video_id"}
+
+
+def write_avuie(
+    source: SceneSource,
+    out_dir: str | Path,
+    task: str,
+    split: str,
+    count: int,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Writes `count` scenes of one task and returns the list file.
+
+    split: "train" or "test"; scenes with unseen recordings go to `test_unseen.json`. A clip is an mp4 (H.264
+    and AAC at 8 frames a second) and a wav, a still a png and a wav; tasks that show the same scene share its
+    files as hard links. avqa has up to three questions a scene. Records carry the extra field `scene` for
+    `describe_mix`.
+    """
+    if task not in TASKS:
+        raise TaskError(f"scenes have no task {task!r}; they have {', '.join(TASKS)}")
+    if split != source.split:
+        raise TaskError(f"a source of {source.split} scenes can't write the {split} list")
+    out = Path(out_dir)
+    folder = out / task
+    folder.mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, Any]] = []
+    found = index = 0
+    while found < count:
+        scene, name = _scene(source, task, index)
+        index += 1
+        samples = [s for s in scene.samples if s.task == task][: QUESTIONS_PER_SCENE if task == "avqa" else 1]
+        if not samples:
+            continue
+        media = _write_media(scene, out, task, name)
+        for number, sample in enumerate(samples):
+            records.append(_record(scene, sample, media, name, number, split))
+        found += 1
+        if progress:
+            progress(found)
+    stem = "test_unseen" if split == "test" and source.sounds == "unseen" else split
+    path = folder / f"{stem}.json"
+    temporary = path.with_suffix(".json.part")
+    temporary.write_text(json.dumps(records, indent=1, ensure_ascii=False), "utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def _scene(source: SceneSource, task: str, index: int) -> tuple[RenderedScene, str]:
+    kind = "still" if task == "arig" else "ave" if task == "ave" else "clip"
+    name = f"{source.split}-{source.sounds}-{source.seed}-{kind}-{index:06d}"
+    if task == "arig":
+        return source.still(index), name
+    return source.clip(index, focus="ave" if task == "ave" else None), name
+
+
+def _record(
+    scene: RenderedScene, sample: Sample, media: dict[str, str], name: str, number: int, split: str
+) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    if sample.task in _NAME_FIELD:
+        record[_NAME_FIELD[sample.task]] = name
+    if sample.task == "avvp":
+        record["filename"] = name
+    if sample.task == "avqa":
+        record["question_id"] = f"{name}-{number}"
+    record.update(sample.metadata)
+    if sample.task == "arig":
+        record["image_path" if split == "train" else "visual_path"] = media["image"]
+    elif "video" in media:
+        record["video_path"] = media["video"]
+    if "audio" in media:
+        record["audio_path"] = media["audio"]
+    record["scene"] = scene_facts(scene)
+    return record
+
+
+def scene_facts(scene: RenderedScene) -> dict[str, Any]:
+    """What the mix is counted from: objects in view, silent ones, sizes, seconds, labels."""
+    assert scene.truth is not None
+    seen, heard = scene.truth.seen(), scene.truth.heard()
+    sizes = {}
+    for label, x1, y1, x2, y2, _, _ in scene.boxes:
+        sizes.setdefault(label, max(x2 - x1, y2 - y1) / 224)
+    sounding = [f.label for f in seen if f.heard]
+    return {
+        "objects in view": len(seen),
+        "silent object in view": any(not f.heard for f in seen),
+        "sounds": len(heard),
+        "sounding objects in view": len(sounding),
+        "size, % of the frame's side": [round(100 * s) for s in sizes.values()],
+        "seconds": scene.duration_s,
+        "classes in view": [f.label for f in seen],
+        "classes heard": [f.label for f in heard],
+    }
+
+
+def _write_media(scene: RenderedScene, out: Path, task: str, name: str) -> dict[str, str]:
+    """Files under `<out>/<task>/`; paths are relative to that folder."""
+    media: dict[str, str] = {}
+    folder = out / task
+    if scene.image is not None and scene.stage is not None:
+        media["image"] = f"image/{name}.png"
+        if not _linked(out, task, media["image"]):
+            scene.stage.draw([0.0], scene.duration_s)[0].save(_ready(folder / media["image"]))
+    if scene.frames is not None and scene.stage is not None:
+        media["video"] = f"video/{name}.mp4"
+        if not _linked(out, task, media["video"]):
+            times = [i / FPS for i in range(round(scene.duration_s * FPS))]
+            write_mp4(
+                _ready(folder / media["video"]), scene.stage.draw(times, scene.duration_s), FPS, scene.wave
+            )
+    if scene.wave is not None:
+        media["audio"] = f"audio/{name}.wav"
+        if not _linked(out, task, media["audio"]):
+            write_wav(_ready(folder / media["audio"]), scene.wave)
+    return media
+
+
+def _ready(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _linked(out: Path, task: str, relative: str) -> bool:
+    """Whether another task's folder already held the file (the same scene) and could lend it."""
+    target = out / task / relative
+    target.unlink(missing_ok=True)
+    for other in TASKS:
+        lent = out / other / relative
+        if other != task and lent.is_file():
+            try:
+                os.link(lent, _ready(target))
+            except OSError:
+                return False
+            return True
+    return False
+
+
+def write_wav(path: Path, wave: np.ndarray, rate: int = RATE) -> None:
+    """Mono 16-bit PCM."""
+    with wave_file.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes())
+
+
+def write_mp4(
+    path: Path,
+    images: list[Image.Image],
+    fps: int,
+    wave: np.ndarray | None,
+    *,
+    crf: int = 23,
+    audio_rate: int = 48000,
+    bit_rate: int = 96_000,
+) -> None:
+    """H.264 (4:2:0) and, with a wave (float32 mono 16 kHz), AAC. The same input gives the same streams."""
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        video = container.add_stream(
+            "libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast", "threads": "1"}
+        )
+        video.width, video.height = images[0].size
+        video.pix_fmt = "yuv420p"
+        video.time_base = Fraction(1, fps)
+        audio = container.add_stream("aac", rate=audio_rate, layout="mono") if wave is not None else None
+        if audio is not None:
+            audio.bit_rate = bit_rate
+        for number, image in enumerate(images):
+            frame = av.VideoFrame.from_image(image)
+            frame.pts = number
+            frame.time_base = Fraction(1, fps)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        if audio is not None and wave is not None:
+            import soxr
+
+            samples = soxr.resample(wave, RATE, audio_rate).astype(np.float32)
+            for start in range(0, samples.size, 1024):
+                frame = av.AudioFrame.from_ndarray(
+                    samples[None, start : start + 1024], format="fltp", layout="mono"
+                )
+                frame.sample_rate = audio_rate
+                frame.pts = start
+                frame.time_base = Fraction(1, audio_rate)
+                container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
