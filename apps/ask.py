@@ -1,0 +1,149 @@
+"""`crab-edge ask`: what is seen and heard in a clip, or the answer to a question about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from crab_edge.results import Answer
+    from crab_edge.session import Model, Session
+
+
+def command(
+    items: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MEDIA... [QUESTION]", help="Media of one clip; the question last, in quotes."
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="Task to run; repeat it or join with commas.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each answer.")] = False,
+    video: Annotated[list[Path] | None, typer.Option(help="Use this file's video only.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Use this file as a still image.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="Use this file's audio only.")] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Use the clip that ships with the package.")
+    ] = False,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", "-b", help="Model bundle; default: the packaged crab-nano.")
+    ] = None,
+    engine: Annotated[str, typer.Option("--engine", "-e", help="Engine that runs the bundle.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all there are.")] = None,
+    max_minutes: Annotated[float, typer.Option(help="Refuse longer clips; `analyze` takes any.")] = 10.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+) -> None:
+    """Run every task that applies to a clip, or answer a question about it."""
+    started = time.perf_counter()
+    from crab_edge_apps._media_arguments import forced_kinds, split_question
+
+    forced = {"video": video or [], "image": image or [], "audio": audio or []}
+    words, question = split_question(items or [], media_elsewhere=sample or any(forced.values()))
+    names = [name.strip() for entry in task or [] for name in entry.split(",") if name.strip()]
+    media = [Path(word) for word in words]
+    if sample:
+        from crab_edge.bundle import sample_clip
+
+        media.insert(0, sample_clip())
+    kinds = forced_kinds(forced, media)
+    media += [path for paths in forced.values() for path in paths if path not in media]
+    _check(media, names)
+
+    from crab_edge_apps import render
+
+    session = _open(media, kinds, bundle, engine, threads, max_minutes)
+    model = session.model
+    if question is not None and len(names) <= 1 and not as_json:
+        answers = [_stream(session, question, names[0] if names else None, max_tokens)]
+    else:
+        answers = _answers(session, question, names, max_tokens)
+        if not as_json:
+            render.heading(session.clip, media)
+            for answer in answers:
+                render.answer(answer, model)
+    if as_json:
+        for answer in answers:
+            line = json.dumps(to_json(answer, media, model), ensure_ascii=False)
+            print(line.encode("utf-8", "backslashreplace").decode())
+    else:
+        render.notices(answers)
+        render.footer(model, time.perf_counter() - started)
+
+
+def _check(media: list[Path], names: list[str]) -> None:
+    """What can be refused before anything is opened."""
+    from crab_edge import tasks
+    from crab_edge.errors import InputError
+
+    if not media:
+        raise InputError('no media given; use `crab-edge ask CLIP ["QUESTION"]` or `crab-edge ask --sample`')
+    for path in media:
+        if path.is_dir():
+            raise InputError(
+                f"{path}: a folder, but ask takes one clip; use `crab-edge analyze {path} --task T --out DIR`"
+            )
+    for name in names:
+        tasks.get(name)
+
+
+def _open(
+    media: list[Path],
+    kinds: dict[Path, str],
+    bundle: Path | None,
+    engine: str,
+    threads: int | None,
+    max_minutes: float,
+) -> Session:
+    import crab_edge
+    from crab_edge.clip import Clip
+
+    # The clip first: its errors are the likelier ones.
+    clip = Clip.open(media, kinds=kinds, max_minutes=max_minutes)
+    return crab_edge.load(bundle, engine, threads=threads).open(clip)
+
+
+def _answers(session: Session, question: str | None, names: list[str], limit: int) -> list[Answer]:
+    from crab_edge import tasks
+    from crab_edge.errors import TaskError
+
+    if question is not None:
+        names = names or ["avqa"]
+        if not any(tasks.get(name).needs_question for name in names):
+            raise TaskError(
+                f"no task of {', '.join(names)} takes a question; leave it out or use --task avqa"
+            )
+    if names:
+        return session.ask_all(names, question, max_new_tokens=limit)
+    answers = session.ask(max_new_tokens=limit)
+    return answers if isinstance(answers, list) else [answers]
+
+
+def _stream(session: Session, question: str, name: str | None, limit: int) -> Answer:
+    """Prints the answer as it comes, then what was understood of it."""
+    from crab_edge_apps import render
+    from crab_edge_apps._text import printable
+
+    stream = session.stream(question, name, max_new_tokens=limit)
+    for piece in stream:
+        sys.stdout.write(printable(piece))
+        sys.stdout.flush()
+    print()
+    render.understood(stream.answer)
+    return stream.answer
+
+
+def to_json(answer: Answer, media: list[Path], model: Model) -> dict[str, Any]:
+    """An answer with what it was made from and by."""
+    return {
+        "media": [str(path) for path in media],
+        **answer.to_json(),
+        "engine": model.engine.describe(),
+        "bundle": model.bundle.identity,
+    }

@@ -1,0 +1,94 @@
+"""Engines run a bundle's graphs. One engine is one module here, named after the package that it needs.
+
+A module has `create(bundle, *, threads=None) -> Engine` and imports its package inside it. There is no list
+to edit and no fallback: an engine that can't run says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from crab_edge.errors import DependencyError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from crab_edge.bundle import Bundle
+
+    Floats = NDArray[np.float32]
+    Integers = NDArray[np.int64]
+
+AUTO = "onnxruntime"
+INSTALL = {
+    "onnxruntime": "pip install 'crab-edge[cpu]'",
+    "tensorrt": "pip install 'crab-edge[tensorrt]'",
+    "torch": "pip install 'crab-edge[train]'",
+}
+
+
+class Engine(Protocol):
+    """What a session needs of an engine. Batch 1; one KV cache, which belongs to the engine."""
+
+    name: str
+    length: int
+    """Tokens in the KV cache."""
+
+    def vision(self, pixel_values: Floats) -> Floats:
+        """Patches float32 [T*256, 1176] -> embeddings float32 [T*64, H]."""
+
+    def audio(self, chunks: Floats, lengths: Integers) -> Floats:
+        """Mel chunks float32 [C, n_mels, 200], valid frames int64 [C] -> embeddings float32 [n, H]."""
+
+    def forward(self, embeds: Floats, position_ids: Integers) -> Floats:
+        """Appends float32 [1, S, H] at position_ids int64 [3, 1, S]; logits float32 [V] of the last token.
+
+        Raises EngineError when the cache would outgrow the model's positions.
+        """
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens of the cache (0 <= length <= self.length)."""
+
+    def describe(self) -> dict[str, Any]:
+        """Name, provider and versions, as plain JSON values."""
+
+
+@runtime_checkable
+class Warmable(Protocol):
+    """An engine that can open its graphs in the background, while the media are still being decoded."""
+
+    def warm(self, *, vision: bool = True, audio: bool = True) -> None:
+        """Starts opening the decoder and the towers named, and returns. Errors come with the first use."""
+
+
+def names() -> list[str]:
+    """All engines there are, installed or not."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def available() -> list[str]:
+    """The engines whose package is installed here."""
+    return [name for name in names() if importlib.util.find_spec(name) is not None]
+
+
+def create(name: str, bundle: Bundle, *, threads: int | None = None) -> Engine:
+    """Opens the engine `name` on a bundle; "auto" is ONNX Runtime.
+
+    Raises InputError for a name that isn't there or for threads < 1, DependencyError when the engine's
+    package isn't installed, EngineError when it can't run the bundle.
+    """
+    if threads is not None and threads < 1:
+        raise InputError(f"--threads: expected 1 or more, got {threads}")
+    name = AUTO if name == "auto" else name
+    if name not in names():
+        raise InputError(f"unknown engine {name!r}; choose one of: auto, {', '.join(names())}")
+    if importlib.util.find_spec(name) is None:
+        raise DependencyError(
+            f"engine {name} needs the package {name}; run `{INSTALL.get(name, 'pip install ' + name)}`"
+        )
+    module = importlib.import_module(f"{__name__}.{name}")
+    engine: Engine = module.create(bundle, threads=threads)
+    return engine

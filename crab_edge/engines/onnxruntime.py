@@ -1,0 +1,260 @@
+"""ONNX Runtime on the CPU: three sessions, the KV cache bound in place.
+
+GroupQueryAttention writes present into past when both are bound to one buffer, so a step copies nothing and
+rewinding is a number. The buffers are numpy arrays that ONNX Runtime uses as they lie.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from crab_edge.errors import BundleError, DependencyError, EngineError
+from crab_edge.manifest import COPY_AGAIN
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from crab_edge.bundle import Bundle
+
+PROVIDER = "CPUExecutionProvider"
+FIRST_CAPACITY = 1024
+GRAPHS = ("decoder", "audio", "vision")
+
+
+def create(bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeEngine:
+    """Opens the bundle; graphs are opened when first used, or by `warm`."""
+    return OnnxRuntimeEngine(bundle, threads=threads)
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use: its affinity, bounded by the container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            count = min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return count
+
+
+class OnnxRuntimeEngine:
+    """`Engine` over a bundle's ONNX graphs. Not thread-safe, but `warm` works beside the caller's thread."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        self._bundle = bundle
+        self._model = bundle.manifest.model
+        self._threads = threads or cpu_count()
+        self._sessions: dict[str, Future[Any]] = {}
+        self._lock = threading.Lock()
+        self._cache: _Cache | None = None
+        self.length = 0
+
+    def warm(self, *, vision: bool = True, audio: bool = True) -> None:
+        """Starts opening the decoder and the towers named, each in a thread of its own."""
+        for name, wanted in (("decoder", True), ("audio", audio), ("vision", vision)):
+            if wanted:
+                self._start(name, threaded=True)
+
+    def _start(self, name: str, *, threaded: bool) -> Future[Any]:
+        with self._lock:
+            future = self._sessions.get(name)
+            if future is not None:
+                return future
+            future = self._sessions[name] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(_open(self._bundle, name, self._threads))
+            except BaseException as error:
+                future.set_exception(error)
+
+        if threaded:
+            # No daemon: ONNX Runtime aborts the process when it ends under a session that is being opened.
+            threading.Thread(target=run, name=f"open-{name}").start()
+        else:
+            run()
+        return future
+
+    def _session(self, name: str) -> Any:
+        return self._start(name, threaded=False).result()
+
+    def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Patches float32 [T*256, 1176] -> embeddings float32 [T*64, H]."""
+        out = _run(self._session("vision"), "vision", {"pixel_values": pixel_values})
+        return self._checked("vision", out, len(pixel_values) // 4)
+
+    def audio(self, chunks: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Mel chunks float32 [C, n_mels, 200], valid frames int64 [C] -> embeddings float32 [n, H]."""
+        out = _run(self._session("audio"), "audio", {"mel": chunks, "lengths": lengths})
+        return self._checked("audio", out, None)
+
+    def _checked(self, name: str, out: NDArray[np.float32], rows: int | None) -> NDArray[np.float32]:
+        expected = (len(out) if rows is None else rows, self._model.hidden_size)
+        if out.shape != expected:
+            raise EngineError(
+                f"the {name} graph returned shape {out.shape}, expected {expected}; {COPY_AGAIN}"
+            )
+        return out
+
+    def forward(self, embeds: NDArray[np.float32], position_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Appends S embeddings [1, S, H] at position_ids [3, 1, S] to the cache; logits [V] of the last.
+
+        The returned array is overwritten by the next call.
+        """
+        total = self.length + embeds.shape[1]
+        if total > self._model.max_positions:
+            raise EngineError(
+                f"{total} tokens are more than the {self._model.max_positions} that {self._model.name} "
+                "can hold; ask about a shorter clip"
+            )
+        if self._cache is None:
+            self._cache = _Cache(self._session("decoder"), self._bundle)
+        self._cache.reserve(total, self.length)
+        logits = self._cache.run(embeds, position_ids, total)
+        self.length = total
+        return logits
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise EngineError(f"can't rewind to {length}: the cache holds {self.length} tokens")
+        self.length = length
+
+    def describe(self) -> dict[str, Any]:
+        """Name, provider, version and threads."""
+        return {
+            "name": self.name,
+            "provider": PROVIDER,
+            "version": _import().__version__,
+            "threads": self._threads,
+        }
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DependencyError(
+            f"onnxruntime can't be imported ({error}); run `pip install 'crab-edge[cpu]'`"
+        ) from error
+    # Its device scan warns about absent GPUs on stderr; errors still come through.
+    onnxruntime.set_default_logger_severity(3)
+    return onnxruntime
+
+
+def _open(bundle: Bundle, name: str, threads: int) -> Any:
+    """One session, on the CPU provider and nothing else."""
+    onnxruntime = _import()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    if name != "decoder":
+        # A tower runs once a clip: its threads must not spin beside the decoder's.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    path = bundle.graph(name)
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
+    except Exception as error:
+        raise BundleError(f"{path}: ONNX Runtime can't open it ({_one_line(error)}); {COPY_AGAIN}") from error
+    session.disable_fallback()
+    if session.get_providers() != [PROVIDER]:
+        raise EngineError(f"{path}: expected {PROVIDER}, got {session.get_providers()}")
+    return session
+
+
+def _run(session: Any, name: str, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    try:
+        (out,) = session.run(["embeddings"], inputs)
+    except Exception as error:
+        raise EngineError(f"the {name} graph failed: {_one_line(error)}") from error
+    return np.asarray(out, dtype=np.float32)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class _Cache:
+    """The KV buffers, and the bindings of the decoder to them: one for single steps, one for chunks."""
+
+    def __init__(self, session: Any, bundle: Bundle) -> None:
+        model = bundle.manifest.model
+        self._session = session
+        self._ort = _import()
+        self._names = [f"{i}.{part}" for i in range(model.layers) for part in ("key", "value")]
+        self._shape = (1, model.kv_heads, 0, model.head_dim)
+        self._dtype = np.dtype(bundle.manifest.recipe.kv_dtype)
+        self._limit = model.max_positions
+        self._buffers: list[NDArray[Any]] = []
+        self.capacity = 0
+        self._logits = np.empty((1, 1, model.vocab_size), np.float32)
+        self._seqlens = np.empty(1, np.int32)
+        self._total = np.empty(1, np.int32)
+        self._embeds = np.empty((1, 1, model.hidden_size), np.float32)
+        self._positions = np.empty((3, 1, 1), np.int64)
+        self._step: Any = None
+        self._chunk: Any = None
+
+    def reserve(self, total: int, used: int) -> None:
+        """Room for `total` tokens; the first `used` are kept when the buffers have to grow."""
+        if total <= self.capacity:
+            return
+        capacity = max(FIRST_CAPACITY, self.capacity)
+        while capacity < total:
+            capacity *= 2
+        capacity = max(total, min(capacity, self._limit))
+        batch, heads, _, depth = self._shape
+        buffers = [np.zeros((batch, heads, capacity, depth), self._dtype) for _ in self._names]
+        for new, old in zip(buffers, self._buffers, strict=False):
+            new[:, :, :used] = old[:, :, :used]
+        self._buffers, self.capacity = buffers, capacity
+        self._step, self._chunk = self._binding(), self._binding()
+        self._step.bind_ortvalue_input("inputs_embeds", self._value(self._embeds))
+        self._step.bind_ortvalue_input("position_ids", self._value(self._positions))
+
+    def _value(self, array: NDArray[Any]) -> Any:
+        """An OrtValue over the array's own memory (ONNX Runtime copies only for other devices)."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+    def _binding(self) -> Any:
+        binding = self._session.io_binding()
+        for name, buffer in zip(self._names, self._buffers, strict=True):
+            value = self._value(buffer)
+            binding.bind_ortvalue_input(f"past.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        binding.bind_ortvalue_input("seqlens_k", self._value(self._seqlens))
+        binding.bind_ortvalue_input("total_sequence_length", self._value(self._total))
+        binding.bind_ortvalue_output("logits", self._value(self._logits))
+        return binding
+
+    def run(
+        self, embeds: NDArray[np.float32], position_ids: NDArray[np.int64], total: int
+    ) -> NDArray[np.float32]:
+        """One run of the decoder over the tokens that end at `total`."""
+        self._seqlens[0] = total - 1
+        self._total[0] = total
+        if embeds.shape[1] == 1:
+            self._embeds[...] = embeds
+            self._positions[...] = position_ids
+            binding = self._step
+        else:
+            binding = self._chunk
+            embeds = np.ascontiguousarray(embeds, np.float32)
+            position_ids = np.ascontiguousarray(position_ids, np.int64)
+            binding.bind_ortvalue_input("inputs_embeds", self._value(embeds))
+            binding.bind_ortvalue_input("position_ids", self._value(position_ids))
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise EngineError(f"the decoder graph failed: {_one_line(error)}") from error
+        return self._logits[0, 0]

@@ -1,0 +1,144 @@
+"""The loop around an engine: prefix from media, suffix from text, then one token after another.
+
+A prefix stays in the KV cache until another one is needed: the next question about the same media rewinds to
+it. Chunks always end at the same places, so an answer doesn't depend on what was asked before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from crab_edge.errors import EngineError, InputError
+from crab_edge.positions import next_position, tmrope
+from crab_edge.prompt import MediaItem
+from crab_edge.resolved import Part, Shown, Spent
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from crab_edge.bundle import Bundle
+    from crab_edge.engines import Engine
+
+PREFILL_CHUNK = 1024
+KEPT_ENCODINGS = 8
+
+
+class Generator:
+    """Greedy generation over one engine and its one KV cache. Not thread-safe: `Model` guards it."""
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self.ended = False
+        self._prefix: tuple[str, ...] | None = None
+        self._prefix_length = 0
+        self._prefix_position = 0
+        self._encodings: OrderedDict[str, tuple[MediaItem, NDArray[np.float32]]] = OrderedDict()
+
+    def start(self, shown: Shown, instruction: str, spent: Spent) -> tuple[NDArray[np.float32], int]:
+        """Fills the cache with the prompt: logits of its last token, and the position of the answer's first.
+
+        Raises InputError when prompt and one token of answer are more than the model can hold.
+        """
+        suffix = self.bundle.prompt.suffix(instruction)
+        if self._prefix == shown.key and self.engine.length >= self._prefix_length:
+            spent.cached_tokens += self._prefix_length
+            self.engine.rewind(self._prefix_length)
+            spent.prompt_tokens += self._prefix_length + len(suffix)
+            self._check_room(self._prefix_length + len(suffix))
+        else:
+            self._fill_prefix(shown, len(suffix), spent)
+        started = time.perf_counter()
+        positions = tmrope(
+            suffix, self.bundle.prompt.special, (), self.bundle.features, start=self._prefix_position
+        )
+        logits = self._forward(self.bundle.embedding.rows(suffix), positions)
+        spent.prefill_s += time.perf_counter() - started
+        return logits, next_position(positions)
+
+    def _fill_prefix(self, shown: Shown, suffix_length: int, spent: Spent) -> None:
+        encoded = [self._encode(part, spent) for part in shown.parts]
+        started = time.perf_counter()
+        prompt = self.bundle.prompt
+        items = [item for item, _ in encoded]
+        ids = prompt.prefix(shown.lead, items)
+        spent.prompt_tokens += len(ids) + suffix_length
+        self._check_room(len(ids) + suffix_length)
+        positions = tmrope(ids, prompt.special, items, self.bundle.features)
+        embeds = self.bundle.embedding.rows(ids)
+        media = np.isin(ids, (prompt.special.video, prompt.special.image, prompt.special.audio))
+        if encoded:
+            embeds[media] = np.concatenate([rows for _, rows in encoded])
+        self._prefix = None
+        self.engine.rewind(0)
+        self._forward(embeds, positions)
+        self._prefix, self._prefix_length = shown.key, len(ids)
+        self._prefix_position = next_position(positions)
+        spent.prefill_s += time.perf_counter() - started
+
+    def _encode(self, part: Part, spent: Spent) -> tuple[MediaItem, NDArray[np.float32]]:
+        known = self._encodings.get(part.key)
+        if known is None:
+            item, rows = part.encode(self.engine, self.bundle.features, spent)
+            if len(rows) != item.tokens:
+                raise EngineError(
+                    f"the {part.kind} encoder returned {len(rows)} tokens, expected {item.tokens}; "
+                    "rebuild the bundle with `crab-edge export`"
+                )
+            known = self._encodings[part.key] = (item, rows)
+            if len(self._encodings) > KEPT_ENCODINGS:
+                self._encodings.popitem(last=False)
+        self._encodings.move_to_end(part.key)
+        return known
+
+    def _check_room(self, tokens: int) -> None:
+        limit = self.bundle.manifest.model.max_positions
+        if tokens >= limit:
+            raise InputError(
+                f"the prompt takes {tokens} tokens, but {self.bundle.manifest.model.name} holds {limit}; "
+                "give a shorter clip or question"
+            )
+
+    def _forward(self, embeds: NDArray[np.float32], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """embeds [S, H], positions [3, S], in chunks; logits [V] of the last token."""
+        logits = None
+        for begin in range(0, len(embeds), PREFILL_CHUNK):
+            chunk = slice(begin, begin + PREFILL_CHUNK)
+            logits = self.engine.forward(embeds[None, chunk], positions[:, None, chunk])
+        assert logits is not None
+        return logits
+
+    def tokens(
+        self,
+        logits: NDArray[np.float32],
+        position: int,
+        limit: int,
+        cancelled: Callable[[], bool] | None,
+    ) -> Iterator[int]:
+        """Greedy tokens up to the end token (left out), `limit`, or `cancelled`.
+
+        Afterwards `ended` says whether the model itself ended the answer.
+        """
+        model = self.bundle.manifest.model
+        self.ended = False
+        limit = min(limit, model.max_positions - self.engine.length + 1)
+        for count in range(limit):
+            if cancelled is not None and cancelled():
+                return
+            token = int(np.argmax(logits))
+            if not np.isfinite(logits[token]):
+                raise EngineError(
+                    "the decoder's logits aren't finite; rebuild the bundle with `crab-edge export`"
+                )
+            if token in model.eos_ids:
+                self.ended = True
+                return
+            yield token
+            if count + 1 < limit:
+                embeds = self.bundle.embedding.rows(np.array([token]))[None]
+                logits = self.engine.forward(embeds, np.full((3, 1, 1), position + count, np.int64))

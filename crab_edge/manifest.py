@@ -1,0 +1,190 @@
+"""`bundle.json`: what a bundle holds, which model it is, how it was made and what was measured on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from crab_edge import __version__
+from crab_edge.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "bundle.json"
+REBUILD = "`crab-edge export --model DIR --adapter DIR --out BUNDLE`"
+COPY_AGAIN = f"copy the bundle again or rebuild it with {REBUILD}"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AdapterInfo(_Strict):
+    """The I-LoRA adapter: `adapted_linears` linears carry it, in `zero_linears` of them B is all zeros."""
+
+    rank: int = Field(gt=0)
+    experts: int = Field(gt=0)
+    alpha: float
+    adapted_linears: int = Field(ge=0)
+    zero_linears: int = Field(ge=0, default=0)
+
+
+class ModelInfo(_Strict):
+    """Identity and sizes of the decoder; `max_positions` bounds prompt plus answer, in tokens.
+
+    `question_templates` are regular expressions: a free question that matches none in full is unfamiliar to
+    the model. None means that the model takes any question.
+    """
+
+    name: str
+    hidden_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    max_positions: int = Field(gt=0)
+    n_parameters: int = Field(ge=0)
+    adapter: AdapterInfo | None = None
+    question_templates: list[str] | None = None
+    labels: list[str] | None = None
+    eos_ids: list[int] = Field(min_length=1)
+
+    @field_validator("question_templates")
+    @classmethod
+    def _compiles(cls, templates: list[str] | None) -> list[str] | None:
+        for template in templates or ():
+            try:
+                re.compile(template)
+            except re.error as error:
+                raise ValueError(f"{template!r} is no regular expression: {error}") from error
+        return templates
+
+
+class Recipe(_Strict):
+    """How the weights are stored: bits of each kind of weight, and the type of the KV cache."""
+
+    name: str
+    bits: int
+    block: int
+    accuracy_level: int = Field(ge=0, le=4)
+    experts: Literal["residual4x2", "plane4", "unfolded8", "float"]
+    adapter_bits: int
+    head_bits: int
+    embedding_bits: Literal[8, 32]
+    tower_bits: int
+    kv_dtype: Literal["float32", "float16"]
+
+
+class Graphs(_Strict):
+    """File names of the three graphs inside the bundle."""
+
+    decoder: str = "decoder.onnx"
+    audio: str = "audio.onnx"
+    vision: str = "vision.onnx"
+
+
+class FileInfo(_Strict):
+    """Size in bytes and SHA-256 (hex) of one file."""
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(_Strict):
+    """The whole of `bundle.json`. `digest` is the SHA-256 of everything else in it: the bundle's identity."""
+
+    schema_version: int = SCHEMA_VERSION
+    crab_edge: str = __version__
+    created: str = ""
+    model: ModelInfo
+    recipe: Recipe
+    graphs: Graphs = Graphs()
+    files: dict[str, FileInfo] = {}
+    engines: dict[str, dict[str, Any]] = {}
+    parity: dict[str, Any] = {}
+    requires: dict[str, str] = {"onnxruntime": ">=1.23"}
+    digest: str = ""
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileInfo]) -> dict[str, FileInfo]:
+        for name in files:
+            check_name(name)
+        return files
+
+    @field_validator("requires")
+    @classmethod
+    def _minimum(cls, requires: dict[str, str]) -> dict[str, str]:
+        for package, wanted in requires.items():
+            if not re.fullmatch(r">=\d+(\.\d+)*", wanted):
+                raise ValueError(f"{package}: expected a minimum such as '>=1.23', got {wanted!r}")
+        return requires
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all files but `bundle.json` itself."""
+        return sum(info.size for info in self.files.values())
+
+    def to_text(self) -> str:
+        """The text of `bundle.json`, with the digest of its content filled in."""
+        content = self.model_dump(mode="json")
+        content["digest"] = content_digest(content)
+        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def content_digest(content: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a manifest's content without its `digest`, in a canonical JSON form."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless `name` is a plain relative POSIX path that stays inside its folder."""
+    path = PurePosixPath(name)
+    plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
+    if not path.parts or not plain or name == MANIFEST_NAME or re.search(r"[\\:\x00-\x1f]", name):
+        raise ValueError(f"{name!r} is not the name of a file inside the bundle")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks `folder/bundle.json`.
+
+    Raises BundleError when it is missing, damaged, or of another schema than this version reads.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise BundleError(
+            f"{folder}: no bundle ({MANIFEST_NAME} is missing); give a folder made by `crab-edge export`"
+        ) from None
+    except OSError as error:
+        raise BundleError(f"{path}: can't be read ({error.strerror}); check its permissions") from error
+    except (ValueError, RecursionError):
+        raise BundleError(f"{path}: damaged (not JSON); {COPY_AGAIN}") from None
+    if not isinstance(content, dict) or type(content.get("schema_version")) is not int:
+        raise BundleError(f"{path}: damaged (no schema_version); {COPY_AGAIN}")
+    schema = content["schema_version"]
+    if schema != SCHEMA_VERSION:
+        way = f"rebuild it with {REBUILD}"
+        if schema > SCHEMA_VERSION:
+            way = f"update with `pip install -U crab-edge` or {way}"
+        writer = str(content.get("crab_edge"))[:20]
+        raise BundleError(
+            f"{path}: bundle schema {schema} (written by crab-edge {writer}), but crab-edge {__version__} "
+            f"reads schema {SCHEMA_VERSION}; {way}"
+        )
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path}: damaged ({where}: {first['msg']}); {COPY_AGAIN}") from None
+    if manifest.digest != content_digest(content):
+        raise BundleError(f"{path}: damaged or edited (its content doesn't match its digest); {COPY_AGAIN}")
+    return manifest

@@ -1,0 +1,169 @@
+"""What one prompt shows of a clip: the recipe applied, decoded and turned into the encoders' inputs.
+
+Two tasks whose recipes come to the same frames, the same samples and the same lead have equal keys, so that
+they share encoder outputs and the prompt's prefix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from crab_edge.errors import TaskError
+from crab_edge.features import FeatureConfig, audio_chunks, log_mel, patches
+from crab_edge.prompt import MediaItem
+from crab_edge.tasks import MediaContext, MediaRecipe, Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from crab_edge.clip import Clip, Window
+    from crab_edge.engines import Engine
+
+WINDOW_S = 10.0
+
+
+def streams(clip: Clip) -> frozenset[str]:
+    """The kinds of streams that a clip has, of "video", "image", "audio"."""
+    present = {"video": clip.videos, "image": clip.images, "audio": clip.audios}
+    return frozenset(name for name, tracks in present.items() if tracks)
+
+
+def windows(clip: Clip, recipe: MediaRecipe) -> list[Window | None]:
+    """The windows that a recipe cuts the clip into; [None] is the clip as a whole."""
+    if not recipe.windowed:
+        return [None]
+    cut = clip.windows(WINDOW_S)
+    return list(cut) if len(cut) > 1 else [None]
+
+
+def misfit(clip: Clip, task: Task) -> str | None:
+    """Why `task` can't take the clip's streams, or None if it can."""
+    try:
+        recipe = task.recipe_for(streams(clip))
+    except TaskError as error:
+        return str(error)
+    for kind, wanted, tracks in _counts(clip, recipe):
+        if wanted and len(tracks) > wanted:
+            files = ", ".join(sorted({track.path.name for track in tracks}))
+            return (
+                f"task {task.name} takes {wanted} {kind} stream, but {len(tracks)} were given ({files}); "
+                "say which file is for what with --video, --image and --audio"
+            )
+        if wanted > 1 and 0 < len(tracks) < wanted:
+            return f"task {task.name} takes {wanted} {kind} streams, but {len(tracks)} was given"
+    return None
+
+
+def _counts(clip: Clip, recipe: MediaRecipe) -> tuple[tuple[str, int, Sequence[Any]], ...]:
+    return (
+        ("video", recipe.videos, clip.videos),
+        ("image", recipe.images, clip.images),
+        ("audio", recipe.audios, clip.audios),
+    )
+
+
+def unused(clip: Clip, recipe: MediaRecipe) -> list[str]:
+    """Kinds of streams that the clip has and the recipe leaves out."""
+    return [kind for kind, wanted, tracks in _counts(clip, recipe) if tracks and not wanted]
+
+
+def context(clip: Clip, recipe: MediaRecipe, window: Window | None) -> MediaContext:
+    """What the parsers need to return clip seconds and original pixels."""
+    frame = (clip.videos if recipe.videos else clip.images) or clip.videos or clip.images
+    size = {"width": frame[0].width, "height": frame[0].height} if frame else {}
+    return MediaContext(duration_s=clip.duration_s, window=window, **size)
+
+
+@dataclass
+class Spent:
+    """Seconds spent on one answer, by step; see `crab_edge.results.Timings`."""
+
+    decode_s: float = 0.0
+    features_s: float = 0.0
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+    generate_s: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Part:
+    """One medium of a prompt, not yet encoded."""
+
+    kind: Literal["video", "image", "audio"]
+    key: str
+    data: Any = field(repr=False)
+    """A callable for the frames uint8 [F, 224, 224, 3], or the samples float32 [n]."""
+
+    def encode(
+        self, engine: Engine, cfg: FeatureConfig, spent: Spent
+    ) -> tuple[MediaItem, NDArray[np.float32]]:
+        """The placeholders and their embeddings [tokens, H]."""
+        if self.kind == "audio":
+            started = time.perf_counter()
+            mel = log_mel(self.data, cfg)
+            chunks, lengths = audio_chunks(mel, cfg)
+            item = MediaItem.audio(mel.shape[1])
+            spent.features_s += time.perf_counter() - started
+            started = time.perf_counter()
+            embeddings = engine.audio(chunks, lengths)
+        else:
+            started = time.perf_counter()
+            frames = self.data()
+            spent.decode_s += time.perf_counter() - started
+            started = time.perf_counter()
+            pixels, grid = patches(frames, cfg)
+            item = MediaItem.visual(self.kind, grid, cfg)
+            spent.features_s += time.perf_counter() - started
+            started = time.perf_counter()
+            embeddings = engine.vision(pixels)
+        spent.encode_s += time.perf_counter() - started
+        return item, embeddings
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The media part of one prompt: lead sentence and media in the order of the prompt."""
+
+    lead: str
+    parts: tuple[Part, ...]
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Equal keys mean equal prefixes."""
+        return (self.lead, *(part.key for part in self.parts))
+
+
+def resolve(clip: Clip, recipe: MediaRecipe, window: Window | None, spent: Spent) -> Shown:
+    """Applies a recipe to a clip (or one window of it). Missing streams change the lead, nothing else.
+
+    A stream that has ended before the window is missing there.
+    Frames are decoded only when they get encoded; the samples are decoded here, since they make the key.
+    """
+    span = "whole" if window is None else f"{window.start_s:.3f}-{window.end_s:.3f}"
+    visual: list[Part] = []
+    for number, video in enumerate(clip.videos[: recipe.videos]):
+        if not video.visible(window):
+            continue
+        key = f"video:{clip.sha256}:{number}:{recipe.frames}:{span}"
+        visual.append(Part("video", key, lambda video=video: video.frames(recipe.frames, window)))
+    for number, image in enumerate(clip.images[: recipe.images]):
+        key = f"image:{clip.sha256}:{number}"
+        visual.append(Part("image", key, lambda image=image: image.pixels()[None]))
+    sound: list[Part] = []
+    started = time.perf_counter()
+    for audio in clip.audios[: recipe.audios]:
+        if not audio.audible(window):
+            continue
+        wave = recipe.slice_audio(audio.waveform(window))
+        digest = hashlib.blake2b(wave.tobytes(), digest_size=16).hexdigest()
+        sound.append(Part("audio", f"audio:{digest}", wave))
+    spent.decode_s += time.perf_counter() - started
+    return Shown(recipe.lead(bool(visual), bool(sound)), (*visual, *sound))

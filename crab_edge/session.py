@@ -1,0 +1,298 @@
+"""Open a model, open a clip, ask it.
+
+`Model` owns a bundle and an engine, `Session` a clip. All tasks of one clip share one decode, and all
+questions with the same media recipe share one prompt prefix.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crab_edge import engines, tasks
+from crab_edge.asked import Asked
+from crab_edge.bundle import Bundle, default_bundle
+from crab_edge.clip import Clip, Window
+from crab_edge.errors import CrabError, InputError, TaskError
+from crab_edge.generate import Generator
+from crab_edge.resolved import Spent, context, misfit, resolve, streams, unused, windows
+from crab_edge.results import Answer
+from crab_edge.tasks import MediaRecipe, Task
+
+if TYPE_CHECKING:
+    from crab_edge.batch import Row
+    from crab_edge.engines import Engine
+
+QUESTION_TASK = "avqa"
+MAX_NEW_TOKENS = 512
+# Frames of this many windows are decoded in one go; more would hold hours of video in memory.
+WINDOWS_AHEAD = 30
+
+
+def load(
+    bundle: str | Path | Bundle | None = None, engine: str | Engine = "auto", *, threads: int | None = None
+) -> Model:
+    """Opens a bundle (default: the one in the package) on an engine.
+
+    Raises BundleError, DependencyError, EngineError or InputError, each with one line that says what to do.
+    """
+    if bundle is None:
+        bundle = default_bundle()
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    running = engines.create(engine, opened, threads=threads) if isinstance(engine, str) else engine
+    return Model(opened, running)
+
+
+class Model:
+    """A bundle on an engine. One answer at a time: a second thread waits for the first one's answer."""
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self._generator = Generator(bundle, engine)
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def open(
+        self,
+        *media: str | Path | Sequence[str | Path] | Clip,
+        kinds: Mapping[Path, str] | None = None,
+        max_minutes: float | None = 10.0,
+    ) -> Session:
+        """Opens one clip: a media file, or several that belong together (an image and its sound).
+
+        `kinds` forces a file's kind ("video", "image", "audio"). Longer clips than `max_minutes` are refused.
+        Raises MediaError or InputError.
+        """
+        if len(media) == 1 and isinstance(media[0], Clip):
+            clip = media[0]
+        else:
+            paths: list[str | Path] = []
+            for entry in media:
+                if isinstance(entry, Clip):
+                    raise InputError("give either one opened clip or paths, not both")
+                paths.extend([entry] if isinstance(entry, (str, Path)) else entry)
+            clip = Clip.open(paths, kinds=kinds, max_minutes=max_minutes)
+        if isinstance(self.engine, engines.Warmable):
+            self.engine.warm(vision=bool(clip.videos or clip.images), audio=bool(clip.audios))
+        return Session(self, clip)
+
+    def analyze(self, paths: Iterable[str | Path], tasks: Sequence[str], **options: Any) -> Iterator[Row]:
+        """Many clips, lazily: a row for each clip and task, errors as rows. See `crab_edge.batch.analyze`."""
+        from crab_edge.batch import analyze
+
+        return analyze(self, paths, tasks, **options)
+
+    def _acquire(self) -> None:
+        if self._owner == threading.get_ident():
+            raise CrabError("another answer of this model is still being streamed; finish or close it first")
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def _release(self) -> None:
+        self._owner = None
+        self._lock.release()
+
+
+class Stream:
+    """An answer on its way: iterate for text pieces, then read `answer`. `close` stops it early."""
+
+    def __init__(self, pieces: Iterator[str], asked: Asked) -> None:
+        self._pieces = pieces
+        self._asked = asked
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stops generating. What was said until then is the answer, with a notice."""
+        self._pieces.close()  # type: ignore[attr-defined]
+
+    @property
+    def answer(self) -> Answer:
+        """The answer; what hasn't been read of the stream is read first."""
+        for _ in self._pieces:
+            pass
+        return self._asked.answer()
+
+
+class Session:
+    """One clip, ready for questions. `clip` is what was decoded, `notices` what is odd about it."""
+
+    def __init__(self, model: Model, clip: Clip) -> None:
+        self.model = model
+        self.clip = clip
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know about the clip, such as an empty audio track."""
+        return tuple(self.clip.notices)
+
+    def applicable(self) -> list[Task]:
+        """The tasks that were made for a clip like this one, those that need a question included."""
+        return [task for task in tasks.applicable(streams(self.clip)) if misfit(self.clip, task) is None]
+
+    def ask(
+        self,
+        question: str | None = None,
+        task: str | None = None,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Answer | list[Answer]:
+        """One answer to a question or a task; with neither, the answers of every task that applies.
+
+        Raises TaskError for a task that is unknown, doesn't take this clip, or needs a question.
+        """
+        if question is not None or task is not None:
+            return self.stream(question, task, max_new_tokens=max_new_tokens, cancelled=cancelled).answer
+        names = [task.name for task in self.applicable() if not task.needs_question]
+        if not names:
+            raise TaskError(f"no task takes this clip without a question; {self._hint()}")
+        return self.ask_all(names, max_new_tokens=max_new_tokens, cancelled=cancelled)
+
+    def ask_all(
+        self,
+        names: Sequence[str],
+        question: str | None = None,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Answer]:
+        """Several tasks, answered in the order given; `question` goes to those that need one.
+
+        Tasks with one media recipe go through a long clip together, so that each window is prefilled once.
+        """
+        asked = [
+            self._asked(question if tasks.get(name).needs_question else None, name, max_new_tokens, cancelled)
+            for name in names
+        ]
+        groups: dict[MediaRecipe, list[Asked]] = {}
+        for entry in asked:
+            groups.setdefault(entry.recipe, []).append(entry)
+        if asked:
+            for _ in self._pieces(list(groups.values())):
+                pass
+        return [entry.answer() for entry in asked]
+
+    def stream(
+        self,
+        question: str | None = None,
+        task: str | None = None,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Stream:
+        """Like `ask` for one question or task, as a stream of text; the request is checked at once."""
+        if task is None and question is None:
+            raise TaskError("give a question or a task to stream")
+        asked = self._asked(question, task or QUESTION_TASK, max_new_tokens, cancelled)
+        return Stream(self._pieces([[asked]]), asked)
+
+    def _asked(
+        self, question: str | None, name: str, limit: int, cancelled: Callable[[], bool] | None
+    ) -> Asked:
+        task = tasks.get(name)
+        reason = misfit(self.clip, task)
+        if reason is not None:
+            raise TaskError(f"{reason}; {self._hint()}")
+        recipe = task.recipe_for(streams(self.clip))
+        notices = [f"task {task.name} doesn't use the clip's {kind}" for kind in unused(self.clip, recipe)]
+        model = self.model.bundle.manifest.model
+        if question is not None and unfamiliar(question, model.question_templates):
+            notices.append(
+                f"unfamiliar question: the small model {model.name} knows the forms of question that it was "
+                "trained on, not the world; don't rely on this answer"
+            )
+        instruction = task.prompt(question)
+        return Asked(task, recipe, self.clip, instruction, question, limit, cancelled, notices)
+
+    def _hint(self) -> str:
+        names = [task.name for task in self.applicable()]
+        return f"tasks that apply: {', '.join(names)}" if names else "no task applies to this clip"
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Decodes what these tasks will need, without touching the engine: for reading ahead in a thread."""
+        recipes = [tasks.get(name).recipe_for(streams(self.clip)) for name in names]
+        plan = [(recipe, windows(self.clip, recipe)) for recipe in dict.fromkeys(recipes)]
+        self._prefetch([(recipe, cut[:WINDOWS_AHEAD]) for recipe, cut in plan], Spent())
+        for recipe, cut in plan:
+            for audio in self.clip.audios[: recipe.audios]:
+                if audio.audible(cut[0]):
+                    audio.waveform(cut[0])
+
+    def _pieces(self, groups: list[list[Asked]]) -> Iterator[str]:
+        """Runs groups of requests that share a recipe; yields their text as it comes."""
+        self.model._acquire()
+        try:
+            plan = [(group, windows(self.clip, group[0].recipe)) for group in groups]
+            ahead = [(group[0].recipe, cut[:WINDOWS_AHEAD]) for group, cut in plan]
+            self._prefetch(ahead, groups[0][0].spent)
+            for group, cut in plan:
+                for number, window in enumerate(cut):
+                    if number and number % WINDOWS_AHEAD == 0:
+                        coming = cut[number : number + WINDOWS_AHEAD]
+                        self._prefetch([(group[0].recipe, coming)], group[0].spent)
+                    for asked in group:
+                        if number:
+                            yield "\n"
+                        yield from self._window(asked, window)
+                for asked in group:
+                    asked.complete = True
+        finally:
+            self.model._release()
+
+    def _prefetch(self, plan: list[tuple[MediaRecipe, list[Window | None]]], spent: Spent) -> None:
+        """Decodes each video once for all the frames that are about to be asked for."""
+        started = time.perf_counter()
+        for number, video in enumerate(self.clip.videos):
+            wanted = [
+                (recipe.frames, window) for recipe, cut in plan if number < recipe.videos for window in cut
+            ]
+            wanted = [(n, window) for n, window in wanted if video.visible(window)]
+            if wanted:
+                video.prefetch(wanted)
+        spent.decode_s += time.perf_counter() - started
+
+    def _window(self, asked: Asked, window: Window | None) -> Iterator[str]:
+        """One window of one request: prompt, tokens, text, typed results."""
+        if asked.stopped():
+            return
+        generator, spent = self.model._generator, asked.spent
+        shown = resolve(self.clip, asked.recipe, window, spent)
+        logits, position = generator.start(shown, asked.instruction, spent)
+        text = self.model.bundle.prompt.stream_decoder()
+        ids: list[int] = []
+        tokens = generator.tokens(logits, position, asked.limit, asked.cancelled)
+        try:
+            while True:
+                started = time.perf_counter()
+                token = next(tokens, None)
+                spent.generate_s += time.perf_counter() - started
+                if token is None:
+                    break
+                ids.append(token)
+                piece = text.push(token)
+                if piece:
+                    yield piece
+            rest = text.finish()
+            if rest:
+                yield rest
+        finally:
+            spent.tokens += len(ids)
+            raw = self.model.bundle.prompt.decode(ids).strip()
+            asked.add(raw, context(self.clip, asked.recipe, window), ended=generator.ended)
+
+
+def unfamiliar(question: str, templates: Sequence[str] | None) -> bool:
+    """Whether no template of the model matches the whole question; without templates none is unfamiliar."""
+    if templates is None:
+        return False
+    return not any(re.fullmatch(template, question.strip()) for template in templates)

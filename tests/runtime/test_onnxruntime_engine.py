@@ -1,0 +1,146 @@
+"""The ONNX Runtime engine on a tiny real bundle with exact products (accuracy level 0)."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from crab_edge import engines
+from crab_edge.bundle import Bundle
+from crab_edge.engines import onnxruntime as module
+from crab_edge.errors import BundleError, DependencyError, EngineError
+from crab_edge.session import Model, load
+from tests import media
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    from tests.shared_bundle import shared_tiny_bundle
+
+    return Bundle.open(shared_tiny_bundle())
+
+
+@pytest.fixture
+def engine(bundle):
+    return engines.create("auto", bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def tokens(bundle):
+    """Embeddings float32 [1, 60, H] and positions int64 [3, 1, 60] of a made-up prompt."""
+    random = np.random.default_rng(0)
+    ids = random.integers(0, bundle.manifest.model.vocab_size, 60)
+    positions = np.stack([np.arange(60), np.arange(60) // 2, np.arange(60) % 7])[:, None]
+    return bundle.embedding.rows(ids)[None], positions.astype(np.int64)
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_describe(engine):
+    described = engine.describe()
+    assert described["name"] == "onnxruntime" and described["provider"] == "CPUExecutionProvider"
+    assert described["threads"] == 1
+
+
+def test_steps_equal_one_pass(engine, tokens):
+    embeds, positions = tokens
+    whole = engine.forward(embeds, positions).copy()
+    engine.rewind(0)
+    engine.forward(embeds[:, :20], positions[..., :20])
+    for at in range(20, 60):
+        step = engine.forward(embeds[:, at : at + 1], positions[..., at : at + 1])
+    assert engine.length == 60
+    close(step, whole)
+
+
+def test_rewinding_forgets(engine, tokens):
+    embeds, positions = tokens
+    expected = engine.forward(embeds[:, :40], positions[..., :40]).copy()
+    engine.forward(embeds[:, 40:], positions[..., 40:])
+    engine.rewind(25)
+    close(engine.forward(embeds[:, 25:40], positions[..., 25:40]), expected)
+    for wrong in (-1, 41):
+        with pytest.raises(EngineError, match="can't rewind"):
+            engine.rewind(wrong)
+
+
+def test_the_cache_is_written_in_place(engine, tokens):
+    embeds, positions = tokens
+    engine.forward(embeds[:, :10], positions[..., :10])
+    buffers = engine._cache._buffers
+    assert all(np.abs(buffer[:, :, :10]).max() > 0 for buffer in buffers)
+    assert all(np.abs(buffer[:, :, 10:]).max() == 0 for buffer in buffers)
+
+
+def test_the_cache_grows_and_keeps_its_content(engine, tokens, monkeypatch):
+    embeds, positions = tokens
+    expected = engine.forward(embeds, positions).copy()
+    monkeypatch.setattr(module, "FIRST_CAPACITY", 16)
+    small = module.OnnxRuntimeEngine(engine._bundle, threads=1)
+    small.forward(embeds[:, :10], positions[..., :10])
+    assert small._cache.capacity == 16
+    small.forward(embeds[:, 10:59], positions[..., 10:59])
+    assert small._cache.capacity == 64
+    close(small.forward(embeds[:, 59:], positions[..., 59:]), expected)
+
+
+def test_more_than_the_model_holds_is_an_error(engine, tokens):
+    limit = engine._model.max_positions
+    embeds = np.zeros((1, limit + 1, tokens[0].shape[2]), np.float32)
+    with pytest.raises(EngineError, match=str(limit)):
+        engine.forward(embeds, np.zeros((3, 1, limit + 1), np.int64))
+    assert engine.length == 0
+
+
+def test_towers(engine, bundle):
+    width = bundle.manifest.model.hidden_size
+    random = np.random.default_rng(0)
+    assert engine.vision(random.random((512, 1176), np.float32)).shape == (128, width)
+    chunks = random.random((2, bundle.features.n_mels, 200), np.float32)
+    assert engine.audio(chunks, np.array([200, 60])).shape == (65, width)
+
+
+def test_graphs_open_only_when_needed(engine, bundle):
+    assert engine._sessions == {}
+    engine.audio(np.zeros((1, bundle.features.n_mels, 200), np.float32), np.array([200]))
+    assert set(engine._sessions) == {"audio"}
+    engine.warm(vision=False, audio=True)
+    assert set(engine._sessions) == {"audio", "decoder"}
+    engine.warm()
+    assert all(future.result(timeout=30) for future in engine._sessions.values())
+
+
+def test_a_graph_that_cannot_be_opened(bundle, tmp_path):
+    folder = shutil.copytree(bundle.path, tmp_path / "bundle")
+    (folder / "decoder.onnx").write_bytes(b"no graph")
+    engine = engines.create("onnxruntime", Bundle(folder, bundle.manifest))
+    engine.warm(vision=False, audio=False)
+    with pytest.raises(BundleError, match=r"decoder\.onnx: ONNX Runtime can't open it"):
+        engine.forward(np.zeros((1, 1, 64), np.float32), np.zeros((3, 1, 1), np.int64))
+
+
+def test_an_engine_whose_package_is_missing(bundle, monkeypatch):
+    real = engines.importlib.util.find_spec
+    monkeypatch.setattr(
+        engines.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else real(name)
+    )
+    with pytest.raises(DependencyError, match=r"pip install 'crab-edge\[cpu\]'"):
+        load(bundle)
+    assert "onnxruntime" not in engines.available() and "onnxruntime" in engines.names()
+
+
+def test_a_whole_session_repeats_itself(bundle, tmp_path):
+    clip = media.video(tmp_path / "clip.mp4", seconds=3, fps=4)
+    model = Model(bundle, engines.create("auto", bundle, threads=1))
+    session = model.open(clip)
+    first = session.ask("Is there a dog?", max_new_tokens=12)
+    session.ask(task="avcap", max_new_tokens=12)
+    again = session.ask("Is there a dog?", max_new_tokens=12)
+    assert again.raw == first.raw and again.timings.cached_tokens > 100
+    fresh = load(bundle, threads=1).open(clip).ask("Is there a dog?", max_new_tokens=12)
+    assert fresh.raw == first.raw and fresh.timings.cached_tokens == 0
