@@ -1,0 +1,76 @@
+"""Crowded pictures for the vision tower: four to eight small objects on one background, every class equally
+often.
+
+A rendered still shows one to three objects; a tower trained for minutes learns three times as much per
+picture from these. Only training pictures and backgrounds are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from crab_edge.training.scenes.catalogue import Catalogue
+from crab_edge.training.scenes.compose import draw_background, draw_cutout
+
+SIDE = 224
+
+
+@dataclass(frozen=True)
+class Collage:
+    """image uint8 [224, 224, 3]; boxes as in a rendered scene."""
+
+    image: np.ndarray
+    boxes: list[tuple]
+
+
+class Collages:
+    """`still(index)` is the same collage for the same (seed, index)."""
+
+    def __init__(self, catalogue: Catalogue, seed: int = 0) -> None:
+        infos = [*catalogue.classes, *catalogue.silent_pictures]
+        self._classes = [(c.label, pictures) for c in infos if (pictures := c.of("picture", False))]
+        self._backgrounds = [b for b in catalogue.backgrounds if not b.test]
+        self.seed = seed
+
+    def still(self, index: int) -> Collage:
+        random = np.random.default_rng([self.seed, 91, index])
+        canvas = (SIDE, SIDE)
+        background = self._backgrounds[int(random.integers(len(self._backgrounds)))]
+        image = draw_background(background, canvas, random, True)
+        count = int(random.integers(4, 9))
+        low, high = (0.2, 0.5) if count < 6 else (0.15, 0.38)
+        boxes: list[tuple] = []
+        for kind in random.permutation(len(self._classes))[:count]:
+            label, pictures = self._classes[int(kind)]
+            picture = pictures[int(random.integers(len(pictures)))]
+            cutout = draw_cutout(picture, canvas, float(random.uniform(low, high)), random, True)
+            w, h = cutout.size
+            for _ in range(10):
+                x, y = int(random.integers(0, max(SIDE - w, 1))), int(random.integers(0, max(SIDE - h, 1)))
+                if all(_overlap((x, y, x + w, y + h), box[1:5]) < 0.12 for box in boxes):
+                    image.paste(cutout, (x, y), cutout)
+                    boxes.append((label, x, y, min(x + w, SIDE), min(y + h, SIDE), 0.0, 1e9))
+                    break
+        return Collage(np.asarray(image), boxes)
+
+
+class Mixed:
+    """`still(index)` from the collages for `share` of the indices, else from the scenes."""
+
+    def __init__(self, collages: Collages, scenes: Any, share: float) -> None:
+        self.collages, self.scenes, self.share = collages, scenes, share
+
+    def still(self, index: int) -> Any:
+        crowded = int((index + 1) * self.share) > int(index * self.share)
+        return (self.collages if crowded else self.scenes).still(index)
+
+
+def _overlap(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    w = min(a[2], b[2]) - max(a[0], b[0])
+    h = min(a[3], b[3]) - max(a[1], b[1])
+    if w <= 0 or h <= 0:
+        return 0.0
+    return w * h / max(min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1])), 1)

@@ -1,0 +1,207 @@
+"""Stages 3 and 4: the decoder on packed questions, then I-LoRA on the frozen base.
+
+Towers are frozen in both (the base stage may train their last projections). Beside the answer's
+cross-entropy the base stage has throw-away heads on the hidden states of a middle layer: each cell tells
+its object's class and absolute box, each audio token who sounds and in which second. They are dropped with
+the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crab_edge.prompt import SpecialIds
+from crab_edge.training.heads import ClassHead, NumberHead, lifted_number_codes, soft_numbers
+from crab_edge.training.packing import IGNORE, attention_mask
+from crab_edge.training.towers import VisionGrid, audio_hidden, vision_hidden, vision_merge
+
+
+def initialise_vocabulary(
+    thinker: nn.Module, labels: Sequence[int], prototypes: Tensor, numbers: Sequence[int]
+) -> None:
+    """Start the rows of labels at the towers' prototypes and those of numbers at Fourier codes, both
+    tables.
+    """
+    codes = lifted_number_codes(prototypes.shape[1])
+    with torch.no_grad():
+        for weight, scale in (
+            (thinker.model.language_model.embed_tokens.weight, 1.0),
+            (thinker.lm_head.weight, 0.6),
+        ):
+            weight[list(labels)] = scale * prototypes
+            weight[list(numbers)] = scale * codes
+
+
+def decode(
+    text: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor, capture: int
+) -> tuple[Tensor, Tensor]:
+    """The official decoder over embeddings [B, S, H], positions int64 [3, B, S], mask bool [B, 1, S, S].
+
+    Returns (normalised last hidden states, hidden states after layer `capture` (1-based)), both [B, S, H].
+    """
+    x, middle = embeds, embeds
+    rotary = text.rotary_emb(embeds, positions)
+    for index, layer in enumerate(text.layers, start=1):
+        x = layer(x, attention_mask=mask, position_embeddings=rotary)
+        x = x[0] if isinstance(x, tuple) else x
+        if index == capture:
+            middle = x
+    return text.norm(x), middle
+
+
+class Auxiliary(nn.Module):
+    """The throw-away heads of a middle layer."""
+
+    def __init__(self, width: int, prototypes: Tensor) -> None:
+        super().__init__()
+        self.cell_class = ClassHead(prototypes)
+        self.cell_box = NumberHead(width, 4)
+        self.heard = ClassHead(prototypes, bias=-4.0)
+        self.second = NumberHead(width, 1)
+
+    def forward(self, cells: Tensor, tokens: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """cells [n, 64, H] and audio tokens [m, H] after layer k, with the batch's truth."""
+        cells, tokens = (F.rms_norm(x.float(), x.shape[-1:]) for x in (cells, tokens))
+        zero = cells.sum() * 0 + tokens.sum() * 0
+        out = {"aux_class": zero, "aux_box": zero, "aux_heard": zero, "aux_second": zero}
+        label, weight = batch["cell_label"], batch["cell_weight"]
+        inside = label >= 0
+        if bool(inside.any()):
+            chosen, w = cells[inside], weight[inside] / weight[inside].sum()
+            out["aux_class"] = (
+                F.cross_entropy(self.cell_class(chosen), label[inside], reduction="none") * w
+            ).sum()
+            truth = batch["cell_box"][inside].clamp(0, 224)
+            soft = soft_numbers(truth.reshape(-1), 4.0)
+            logits = self.cell_box(chosen).reshape(-1, soft.shape[-1])
+            each = F.cross_entropy(logits, soft, reduction="none").reshape(-1, 4).mean(dim=-1)
+            out["aux_box"] = (each * w).sum()
+        if tokens.shape[0]:
+            truth = batch["activity"].float()
+            each = F.binary_cross_entropy_with_logits(self.heard(tokens), truth, reduction="none")
+            out["aux_heard"] = each.sum(dim=-1).mean()
+            out["aux_second"] = F.cross_entropy(self.second(tokens)[:, 0], batch["second"])
+        return out
+
+
+class LanguageModule(nn.Module):
+    """A thinker (plain or under PEFT) trained on packed batches of `data.language_batch`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        special: SpecialIds,
+        numbers: Sequence[int],
+        *,
+        prototypes: Tensor | None = None,
+        auxiliary: float = 0.0,
+        auxiliary_layer: int = 3,
+        soft_pixels: float = 0.0,
+        train_projections: bool = False,
+        train_towers: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        inner = getattr(model, "base_model", None)
+        # PEFT's get_base_model unwraps one level; a bare thinker's base_model is its own inner model.
+        self._thinker = [inner.model if inner is not None and hasattr(model, "peft_config") else model]
+        self.special = special
+        self.grid = VisionGrid(self.thinker.model.visual)
+        self.layer, self.weight, self.sigma = auxiliary_layer, auxiliary, soft_pixels
+        self.projections, self.towers = train_projections, train_towers
+        self.register_buffer("numbers", torch.tensor(list(numbers)), persistent=False)
+        width = self.thinker.config.text_config.hidden_size
+        self.auxiliary = Auxiliary(width, prototypes) if auxiliary > 0 and prototypes is not None else None
+
+    @property
+    def thinker(self) -> nn.Module:
+        """The thinker inside PEFT's wrapping."""
+        return self._thinker[0]
+
+    def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(cells [n, 64, H], audio tokens [m, H]) of a batch."""
+        visual, audio = self.thinker.model.visual, self.thinker.model.audio_tower
+        width = self.thinker.config.text_config.hidden_size
+        patches, chunks, lengths = batch["patches"], batch["chunks"], batch["lengths"]
+        last = self.projections or self.towers
+        cells, tokens = patches.new_zeros(0, 64, width), patches.new_zeros(0, width)
+        if patches.shape[0]:
+            with torch.set_grad_enabled(self.towers and torch.is_grad_enabled()):
+                x = vision_hidden(visual, patches, self.grid.to(patches.device))
+            with torch.set_grad_enabled(last and torch.is_grad_enabled()):
+                cells = vision_merge(visual, x, self.grid)
+        if chunks.shape[0]:
+            with torch.set_grad_enabled(self.towers and torch.is_grad_enabled()):
+                x = audio_hidden(audio, chunks, lengths)
+                x = x.reshape(x.shape[0], x.shape[1] // 2, 2, -1).mean(dim=2)
+            valid = torch.arange(x.shape[1], device=x.device)[None] < (((lengths - 1) // 2 + 1) // 2)[:, None]
+            with torch.set_grad_enabled(last and torch.is_grad_enabled()):
+                tokens = audio.proj(audio.ln_post(x))[valid]
+        return cells, tokens
+
+    def hidden(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(last hidden [B, S, H], middle hidden, visual mask [B, S], audio mask [B, S])."""
+        ids = batch["ids"]
+        cells, tokens = self.encode(batch)
+        text = self.thinker.model.language_model
+        embeds = text.embed_tokens(ids)
+        seen = (ids == self.special.video) | (ids == self.special.image)
+        heard = ids == self.special.audio
+        embeds = embeds.masked_scatter(seen[..., None], cells.to(embeds.dtype))
+        embeds = embeds.masked_scatter(heard[..., None], tokens.to(embeds.dtype))
+        last, middle = decode(text, embeds, batch["positions"], attention_mask(batch["segment"]), self.layer)
+        return last, middle, seen, heard
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        last, middle, seen, heard = self.hidden(batch)
+        targets = batch["targets"]
+        asked = targets != IGNORE
+        logits = self.thinker.lm_head(last[asked]).float()
+        truth = targets[asked]
+        each = F.cross_entropy(logits, truth, reduction="none")
+        if self.sigma > 0:
+            pixel = batch["pixels"][asked]
+            if bool(pixel.any()):
+                values = (self.numbers[None] == truth[pixel][:, None]).float().argmax(dim=-1)
+                log_p = F.log_softmax(logits[pixel], dim=-1)[:, self.numbers]
+                each = each.masked_scatter(pixel, -(soft_numbers(values, self.sigma) * log_p).sum(dim=-1))
+        answer = each.mean()
+        out = {"loss": answer, "answer": answer.detach()}
+        if self.auxiliary is not None:
+            width = middle.shape[-1]
+            extra = self.auxiliary(middle[seen].reshape(-1, 64, width), middle[heard], batch)
+            out["loss"] = answer + self.weight * sum(extra.values())
+            out.update({name: value.detach() for name, value in extra.items()})
+        return out
+
+    def base_groups(self) -> list[dict[str, Any]]:
+        """Freeze what the base stage leaves, and group the rest: projections of the towers learn more
+        slowly.
+        """
+        thinker = self.thinker
+        thinker.requires_grad_(False)
+        text = [*thinker.model.language_model.parameters(), *thinker.lm_head.parameters()]
+        last = []
+        if self.projections:
+            audio = thinker.model.audio_tower
+            last = [
+                *thinker.model.visual.merger.parameters(),
+                *audio.proj.parameters(),
+                *audio.ln_post.parameters(),
+            ]
+        for parameter in (*text, *last):
+            parameter.requires_grad_(True)
+        heads = list(self.auxiliary.parameters()) if self.auxiliary is not None else []
+        matrices = [p for p in text if p.ndim > 1]
+        vectors = [p for p in text if p.ndim == 1]
+        groups = [{"params": [*matrices, *heads]}, {"params": vectors, "weight_decay": 0.0}]
+        return [*groups, {"params": last, "lr_scale": 0.3}] if last else groups
+
+    def adapter_groups(self) -> list[dict[str, Any]]:
+        """Everything that the adapter left trainable."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
