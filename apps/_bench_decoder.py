@@ -1,7 +1,7 @@
 """Random decoders for benchmarks: the exporter's own graphs, every layer with its own bytes, nothing trained.
 
-ONNX Runtime keeps one packed copy of byte-identical weights, so a decoder that repeats a layer would sit in the
-cache and look faster than it is.
+ONNX Runtime keeps one packed copy of byte-identical weights, so a decoder that repeats a layer would sit in
+the cache and look faster than it is.
 """
 
 from __future__ import annotations

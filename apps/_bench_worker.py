@@ -1,4 +1,7 @@
-"""Times one decoder graph in a process of its own and prints one JSON line; two live sessions disturb each other."""
+"""Times one decoder graph and prints one JSON line.
+
+A process of its own for each graph: two live sessions disturb each other.
+"""
 
 from __future__ import annotations
 

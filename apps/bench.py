@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 BASE = "no adapters"
-# A decode step can't read its weights faster than memory delivers; a faster one means that layers shared bytes.
+# A decode step can't read weights faster than memory delivers; a faster one means that layers shared bytes.
 _BANDWIDTH_TOLERANCE = 1.15
 # Smaller graphs live in the caches, where the machine's memory bandwidth bounds nothing.
 _CACHE_BYTES = 100_000_000
@@ -93,12 +93,11 @@ def measure(
 ) -> dict[str, Any]:
     """All variants of one shape, interleaved, each run in its own process.
 
-    Returns `rows` (variant, bytes per token, nodes, tokens/s, time and bytes against the base) and `problems`:
-    what makes the figures untrustworthy, empty when nothing does.
+    Returns `rows` (variant, bytes per token, nodes, tokens/s, time and bytes against the base) and
+    `problems`: what makes the figures untrustworthy, empty when nothing does.
     """
-    from rich.progress import Progress
-
     from crab_edge_apps import _bench_decoder as graphs
+    from rich.progress import Progress
 
     names = [BASE, *variants]
     with tempfile.TemporaryDirectory(prefix="crab-edge-bench-") as folder, Progress(transient=True) as bar:
@@ -156,7 +155,8 @@ def measure(
             )
         if bytes_[name] > _CACHE_BYTES and loaded < 0.9 * bytes_[name]:
             problems.append(
-                f"{name} loaded {loaded / 1e6:.0f} MB for {bytes_[name] / 1e6:.0f} MB of weights: layers share bytes"
+                f"{name} loaded {loaded / 1e6:.0f} MB for {bytes_[name] / 1e6:.0f} MB of weights: "
+                "layers share bytes"
             )
     return {
         "shape": shape.name,

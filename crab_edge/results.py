@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 Modality = Literal["audio", "visual", "audio-visual"]
 
@@ -70,7 +70,7 @@ class Unparsed:
     reason: str
 
 
-Result = Union[Event, Box, Points, Mask, Choice, Caption, Unparsed]
+Result = Event | Box | Points | Mask | Choice | Caption | Unparsed
 
 
 @dataclass(frozen=True)
