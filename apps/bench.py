@@ -37,11 +37,31 @@ def command(
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache while decoding.")] = 512,
     prefill: Annotated[int, typer.Option(min=1, help="Prompt length of the prefill timing.")] = 512,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all there are.")] = None,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="Time `ask` on a clip instead, cold start included.")
+    ] = False,
+    media: Annotated[
+        list[Path] | None, typer.Option(help="With --ask: the clip's files; default: the packaged clip.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="With --ask: the task.")] = "ave",
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", "-b", help="With --ask: the bundle; default: the packaged one.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the tables.")] = False,
 ) -> None:
     """Time random decoders with I-LoRA against the same graph without it and against the ratio of bytes."""
     from crab_edge.errors import CrabError, DependencyError, InputError
 
+    threads = threads or len(os.sched_getaffinity(0))
+    if ask:
+        from crab_edge_apps import _bench_ask
+
+        timed = _bench_ask.measure(media or [], task, bundle, threads, rounds)
+        if as_json:
+            print(json.dumps(timed))
+        else:
+            _bench_ask.show(timed)
+        return
     try:
         from crab_edge_apps._bench_decoder import SHAPES
     except ModuleNotFoundError as error:
@@ -53,7 +73,6 @@ def command(
     unknown = [name for name in names if name not in SHAPES]
     if unknown:
         raise InputError(f"--shape {unknown[0]}: expected one of {', '.join(SHAPES)}")
-    threads = threads or len(os.sched_getaffinity(0))
     results = []
     for name in names:
         variants = experts or ["residual4x2", "plane4", "unfolded8"]
