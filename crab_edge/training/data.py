@@ -288,5 +288,7 @@ def batches(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_polite if workers else None,
+        # Its own, or the loader would draw from the state that a checkpoint restores.
+        generator=torch.Generator(),
     )
     return iter(loader)
