@@ -36,7 +36,12 @@ from crab_edge.training import validate
 from crab_edge.training.audio_pretrain import AudioStageModule, audio_accuracy
 from crab_edge.training.data import AudioBatches, LanguageBatches, VisionBatches, Vocabulary
 from crab_edge.training.heads import class_prototypes
-from crab_edge.training.language import LanguageModule, initialise_vocabulary
+from crab_edge.training.language import (
+    LanguageModule,
+    centre_projections,
+    initialise_decoder,
+    initialise_vocabulary,
+)
 from crab_edge.training.loop import Run, Stage, finish, finished, plot_losses, run_stage
 from crab_edge.training.recipe import LanguageStage, Recipe
 from crab_edge.training.sources import Sources, open_sources, whisper_weights
@@ -84,6 +89,7 @@ class Trainer:
         width = self.thinker_config.text_config.hidden_size
         self.prototypes: Tensor = class_prototypes(len(self.sources.labels), width)
         self.thinker = build(self.thinker_config, seed=recipe.seed)
+        initialise_decoder(self.thinker.model.language_model)
         initialise_vocabulary(
             self.thinker, label_ids(tokenizer, self.sources.labels), self.prototypes, self.numbers
         )
@@ -149,8 +155,10 @@ class Trainer:
     def _base(self) -> dict[str, float]:
         recipe = self.recipe.base
         module = self._language(self.thinker, recipe, recipe.train_projections)
+        make = self._questions(recipe)
+        centre_projections(module, [make(step) for step in range(min(4, recipe.steps))])
         groups = module.base_groups()
-        figures = run_stage(Stage("base", module, groups, self._questions(recipe), recipe), self.run)
+        figures = run_stage(Stage("base", module, groups, make, recipe), self.run)
         return figures | self._questions_look("base", module, recipe)
 
     def _adapter(self) -> None:
