@@ -6,7 +6,6 @@ A process of its own for each graph: two live sessions disturb each other.
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -69,7 +68,9 @@ def main() -> None:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # VmHWM, because ru_maxrss starts at what the parent had when it forked.
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":
