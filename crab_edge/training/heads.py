@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NUMBERS = 225
+from crab_edge.training.tokenizer import NUMBERS
+
 CODE = 32
 SIDE = 8
 CELL = 28.0

@@ -15,19 +15,10 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from crab_edge.errors import InputError
+from crab_edge.prompt import SPECIAL_TOKENS
 
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|AUDIO|>",
-    "<|audio_bos|>",
-    "<|audio_eos|>",
-    "<|vision_bos|>",
-    "<|vision_eos|>",
-    "<|IMAGE|>",
-    "<|VIDEO|>",
-)
+# The padding token first, as in Qwen's own numbering.
+SPECIAL = tuple(sorted(SPECIAL_TOKENS.values(), key=lambda token: token != SPECIAL_TOKENS["pad"]))
 NUMBERS = 225
 _WORDS = r"'(?:s|t|re|ve|m|ll|d)|[^\r\n\p{L}\p{N}<>]?\p{L}+|\p{N}{1,3}|</?| ?[^\s\p{L}\p{N}<>]+|\s+"
 
