@@ -11,11 +11,51 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from crab_edge.training.scenes.catalogue import Catalogue
 from crab_edge.training.scenes.compose import draw_background, draw_cutout
 
 SIDE = 224
+
+
+@dataclass(frozen=True)
+class Varied:
+    """A picture as `draw_cutout` takes it, changed more than a rendered scene changes one."""
+
+    pixels: np.ndarray
+
+    def array(self) -> np.ndarray:
+        """uint8 [h, w, 4]."""
+        return self.pixels
+
+
+def vary(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """RGBA uint8 [h, w, 4] stretched, cut off at a side or with its colours exchanged.
+
+    A class has four or five pictures to learn from and is tested on others: shape and parts must count for
+    more than one picture's colours.
+    """
+    if random.random() < 0.5:
+        stretch = float(random.uniform(0.75, 1.33))
+        image = Image.fromarray(pixels).convert("RGBa")
+        size = (max(8, round(image.width * stretch)), image.height)
+        pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR).convert("RGBA"))
+    if random.random() < 0.2:
+        axis, keep = int(random.integers(2)), float(random.uniform(0.6, 0.9))
+        count = max(8, round(pixels.shape[axis] * keep))
+        first = int(random.integers(2)) * (pixels.shape[axis] - count)
+        pixels = np.take(pixels, range(max(first, 0), max(first, 0) + count), axis=axis, mode="clip")
+    kind = random.random()
+    if kind < 0.12:
+        grey = pixels[..., :3].mean(axis=2, keepdims=True).astype(np.uint8)
+        pixels = np.concatenate([np.repeat(grey, 3, axis=2), pixels[..., 3:]], axis=2)
+    elif kind < 0.3:
+        pixels = pixels[..., [*random.permutation(3), 3]]
+    elif kind < 0.5:
+        table = (255 * (np.arange(256) / 255) ** random.uniform(0.6, 1.6)).astype(np.uint8)
+        pixels = np.concatenate([table[pixels[..., :3]], pixels[..., 3:]], axis=2)
+    return np.ascontiguousarray(pixels)
 
 
 @dataclass(frozen=True)
@@ -46,7 +86,8 @@ class Collages:
         for kind in random.permutation(len(self._classes))[:count]:
             label, pictures = self._classes[int(kind)]
             picture = pictures[int(random.integers(len(pictures)))]
-            cutout = draw_cutout(picture, canvas, float(random.uniform(low, high)), random, True)
+            varied = Varied(vary(picture.array(), random))
+            cutout = draw_cutout(varied, canvas, float(random.uniform(low, high)), random, True)
             w, h = cutout.size
             for _ in range(10):
                 x, y = int(random.integers(0, max(SIDE - w, 1))), int(random.integers(0, max(SIDE - h, 1)))

@@ -75,7 +75,9 @@ class VisionStageModule(nn.Module):
         inside = label >= 0
         found = F.binary_cross_entropy_with_logits(objectness, inside.float())
         w = weight[inside] / weight[inside].sum().clamp(min=1.0)
-        which = (F.cross_entropy(classes[inside], label[inside], reduction="none") * w).sum()
+        which = (
+            F.cross_entropy(classes[inside], label[inside], reduction="none", label_smoothing=0.1) * w
+        ).sum()
         truth = batch["cell_box"][inside]
         _, giou = box_iou(boxes[inside], truth)
         distance = F.smooth_l1_loss(boxes[inside] / 224, truth / 224, reduction="none", beta=0.05).sum(dim=-1)
