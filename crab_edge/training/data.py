@@ -69,6 +69,22 @@ def activity(sounds: Sequence[tuple[str, float, float]], tokens: int, vocabulary
     return out
 
 
+def spans(sounds: Sequence[tuple[str, float, float]], tokens: int) -> np.ndarray:
+    """int64 [tokens, 2]: the whole second at which what sounds alone in a token began; in silence the one at
+    which the last sound ended; -1 where there is none.
+    """
+    out = np.full((tokens, 2), -1, np.int64)
+    for token in range(tokens):
+        at = (token + 0.5) * TOKEN_S
+        sounding = [s for s in sounds if s[1] <= at < s[2]]
+        ended = [s[2] for s in sounds if s[2] <= at]
+        if len(sounding) == 1:
+            out[token, 0] = int(sounding[0][1] + 0.5)
+        elif not sounding and ended:
+            out[token, 1] = int(max(ended) + 0.5)
+    return out
+
+
 def scene_sounds(scene: Any) -> list[tuple[str, float, float]]:
     """The sounds of a scene, empty when the source doesn't tell."""
     return [(s[0], float(s[1]), float(s[2])) for s in (getattr(scene, "sounds", None) or [])]
@@ -175,6 +191,7 @@ def _audio(
         "lengths": lengths.astype(np.int64),
         "activity": activity(scene_sounds(scene), tokens, vocabulary),
         "second": np.minimum(np.arange(tokens) * TOKEN_S, 224).astype(np.int64),
+        "span": np.minimum(spans(scene_sounds(scene), tokens), 224),
     }
 
 
@@ -185,6 +202,7 @@ EMPTY = {
     "cell_weight": ((0, 64), np.float32),
     "lengths": ((0,), np.int64),
     "second": ((0,), np.int64),
+    "span": ((0, 2), np.int64),
 }
 
 

@@ -2,8 +2,8 @@
 
 Towers are frozen in both (the base stage may train their last projections). Beside the answer's
 cross-entropy the base stage has throw-away heads on the hidden states of a middle layer: each cell tells
-its object's class and absolute box, each audio token who sounds and in which second. They are dropped with
-the stage.
+its object's class and absolute box, each audio token who sounds, in which second, since when, and in silence
+when the last sound ended. They are dropped with the stage.
 """
 
 from __future__ import annotations
@@ -16,51 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crab_edge.prompt import SpecialIds
-from crab_edge.training.heads import ClassHead, NumberHead, lifted_number_codes, soft_numbers
+from crab_edge.training.heads import ClassHead, NumberHead, soft_numbers
 from crab_edge.training.packing import IGNORE, attention_mask
 from crab_edge.training.towers import VisionGrid, audio_hidden, vision_hidden, vision_merge
-
-
-def initialise_decoder(text: nn.Module, gain: float = 0.1) -> None:
-    """A start that suits a narrow decoder trained for minutes, in place.
-
-    Linears begin at 1/sqrt(fan in), since transformers' 0.02 leaves a gated MLP of this width next to dead.
-    Attention begins as a faint average of everything before: queries and keys small, values a projection
-    whose transpose the output applies. What the encoders say reaches the answer's tokens from the first step,
-    and training has to sharpen the average instead of finding a way at all.
-    """
-    config = text.config
-    depth = config.hidden_size // config.num_attention_heads
-    shared = config.num_attention_heads // config.num_key_value_heads
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        text.embed_tokens.weight.normal_(0.0, config.hidden_size**-0.5, generator=generator)
-        for layer in text.layers:
-            mlp, attention = layer.mlp, layer.self_attn
-            for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-                linear.weight.normal_(0.0, linear.in_features**-0.5, generator=generator)
-            mlp.down_proj.weight.mul_(0.3 * (2 * len(text.layers)) ** -0.5)
-            value = attention.v_proj.weight
-            basis, _ = torch.linalg.qr(torch.randn(value.shape[1], value.shape[0], generator=generator))
-            value.copy_(basis.T)
-            heads = basis.T.reshape(-1, depth, value.shape[1]).repeat_interleave(shared, dim=0)
-            attention.o_proj.weight.copy_(gain / shared * heads.reshape(-1, value.shape[1]).T)
-
-
-def initialise_vocabulary(
-    thinker: nn.Module, labels: Sequence[int], prototypes: Tensor, numbers: Sequence[int]
-) -> None:
-    """Start the rows of labels at the towers' prototypes and those of numbers at Fourier codes, both
-    tables.
-    """
-    codes = lifted_number_codes(prototypes.shape[1])
-    with torch.no_grad():
-        for weight, scale in (
-            (thinker.model.language_model.embed_tokens.weight, 1.0),
-            (thinker.lm_head.weight, 0.6),
-        ):
-            weight[list(labels)] = scale * prototypes
-            weight[list(numbers)] = scale * codes
 
 
 def decode(
@@ -85,16 +43,19 @@ class Auxiliary(nn.Module):
 
     def __init__(self, width: int, prototypes: Tensor) -> None:
         super().__init__()
-        self.cell_class = ClassHead(prototypes)
+        # Behind RMSNorm a state is sqrt(width) long: this scale keeps the first logits small.
+        scale = 12.0 * width**-0.5
+        self.cell_class = ClassHead(prototypes, scale=scale)
         self.cell_box = NumberHead(width, 4)
-        self.heard = ClassHead(prototypes, bias=-4.0)
-        self.second = NumberHead(width, 1)
+        self.heard = ClassHead(prototypes, scale=scale, bias=-4.0)
+        self.second = NumberHead(width, 3)
 
     def forward(self, cells: Tensor, tokens: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """cells [n, 64, H] and audio tokens [m, H] after layer k, with the batch's truth."""
         cells, tokens = (F.rms_norm(x.float(), x.shape[-1:]) for x in (cells, tokens))
         zero = cells.sum() * 0 + tokens.sum() * 0
-        out = {"aux_class": zero, "aux_box": zero, "aux_heard": zero, "aux_second": zero}
+        names = ("aux_class", "aux_box", "aux_heard", "aux_second", "aux_began", "aux_ended")
+        out = dict.fromkeys(names, zero)
         label, weight = batch["cell_label"], batch["cell_weight"]
         inside = label >= 0
         if bool(inside.any()):
@@ -111,7 +72,12 @@ class Auxiliary(nn.Module):
             truth = batch["activity"].float()
             each = F.binary_cross_entropy_with_logits(self.heard(tokens), truth, reduction="none")
             out["aux_heard"] = each.sum(dim=-1).mean()
-            out["aux_second"] = F.cross_entropy(self.second(tokens)[:, 0], batch["second"])
+            when = torch.cat((batch["second"][:, None], batch["span"]), dim=1)
+            logits = self.second(tokens)
+            for place, name in enumerate(("aux_second", "aux_began", "aux_ended")):
+                known = when[:, place] >= 0
+                if bool(known.any()):
+                    out[name] = F.cross_entropy(logits[known, place], when[known, place])
         return out
 
 
@@ -198,6 +164,8 @@ class LanguageModule(nn.Module):
                 each = each.masked_scatter(pixel, -(soft_numbers(values, self.sigma) * log_p).sum(dim=-1))
         answer = each.mean()
         out = {"loss": answer, "answer": answer.detach()}
+        if bool((pixel := batch["pixels"][asked]).any()):
+            out["answer_box"] = each[pixel].mean().detach()
         if self.auxiliary is not None:
             width = middle.shape[-1]
             extra = self.auxiliary(middle[seen].reshape(-1, 64, width), middle[heard], batch)

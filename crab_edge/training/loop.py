@@ -128,6 +128,11 @@ def _trainable(module: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
 
 
+def _means(seen: dict[str, list[float]]) -> dict[str, float]:
+    """Of each loss over the steps that had it."""
+    return {name: round(sum(values) / len(values), 4) for name, values in seen.items()}
+
+
 def _to(batch: Any, device: torch.device) -> Any:
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
@@ -169,7 +174,7 @@ def run_stage(stage: Stage, run: Run) -> dict[str, float]:
 
     module.train()
     start = last_save = last_log = time.monotonic()
-    sums: dict[str, float] = {}
+    seen: dict[str, list[float]] = {}
     count, rows = 0, {}
     source: Iterator[Any] = batches(
         stage.make,
@@ -206,14 +211,14 @@ def run_stage(stage: Stage, run: Run) -> dict[str, float]:
         step += 1
         count += 1
         for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach())
+            seen.setdefault(name, []).append(float(value.detach()))
         now = time.monotonic()
         if run.progress is not None:
             run.progress(
                 stage.name, step, recipe.steps, {"loss": float(loss.detach()), "lr": base_lr[0] * factor}
             )
         if now - last_log > LOG_SECONDS or step == recipe.steps:
-            rows = {k: round(v / count, 4) for k, v in sums.items()}
+            rows = _means(seen)
             run.log(
                 {
                     "stage": stage.name,
@@ -224,7 +229,7 @@ def run_stage(stage: Stage, run: Run) -> dict[str, float]:
                     **rows,
                 }
             )
-            sums, count, last_log = {}, 0, now
+            seen, count, last_log = {}, 0, now
         if now - last_save > run.checkpoint_s:
             save(before + now - start)
             last_save = time.monotonic()
@@ -233,8 +238,8 @@ def run_stage(stage: Stage, run: Run) -> dict[str, float]:
             raise Killed(stage.name)
     del source
     minutes = (before + time.monotonic() - start) / 60
-    if sums and count:
-        rows = {k: round(v / count, 4) for k, v in sums.items()}
+    if seen:
+        rows = _means(seen)
     save(minutes * 60)
     accelerator.free_memory()
     return {"steps": step, "minutes": round(minutes, 2), **rows}

@@ -39,12 +39,11 @@ from crab_edge.training.heads import class_prototypes
 from crab_edge.training.language import (
     LanguageModule,
     centre_projections,
-    initialise_decoder,
-    initialise_vocabulary,
 )
 from crab_edge.training.loop import Run, Stage, finish, finished, plot_losses, run_stage
 from crab_edge.training.recipe import LanguageStage, Recipe
 from crab_edge.training.sources import Sources, open_sources, whisper_weights
+from crab_edge.training.starts import initialise_decoder, initialise_vocabulary
 from crab_edge.training.tokenizer import label_ids, number_ids, save_tokenizer, train_tokenizer
 from crab_edge.training.vision_pretrain import VisionStageModule, initialise_tower, vision_accuracy
 
@@ -89,7 +88,7 @@ class Trainer:
         width = self.thinker_config.text_config.hidden_size
         self.prototypes: Tensor = class_prototypes(len(self.sources.labels), width)
         self.thinker = build(self.thinker_config, seed=recipe.seed)
-        initialise_decoder(self.thinker.model.language_model)
+        initialise_decoder(self.thinker.model.language_model, special_ids(self.thinker_config))
         initialise_vocabulary(
             self.thinker, label_ids(tokenizer, self.sources.labels), self.prototypes, self.numbers
         )

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from crab_edge.model import build, nano_config
-from crab_edge.training.language import LanguageModule, centre_projections, initialise_decoder
+from crab_edge.training.language import LanguageModule, centre_projections
+from crab_edge.training.starts import initialise_decoder
 
 
 @pytest.fixture
