@@ -50,6 +50,14 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class MaskFile:
+    """A mask as a picture on disk (not black = object); a relative path starts in the task's data folder."""
+
+    label: str
+    path: str
+
+
+@dataclass(frozen=True)
 class Choice:
     """A short answer: a word, a number, an option."""
 
@@ -70,7 +78,7 @@ class Unparsed:
     reason: str
 
 
-Result = Event | Box | Points | Mask | Choice | Caption | Unparsed
+Result = Event | Box | Points | Mask | MaskFile | Choice | Caption | Unparsed
 
 
 @dataclass(frozen=True)
