@@ -217,6 +217,17 @@ def read_frame(path: str | Path, side: int | None = None) -> Frame:
         raise InputError(f"{path}: the frame can't be read ({error}); name the data with --data") from error
 
 
+def located(path: str | Path, folder: Path | None) -> Path:
+    """A picture of a list: as named, or in the task's data folder (lists may hold their author's paths)."""
+    given = Path(path)
+    if given.is_file() or folder is None:
+        return given
+    parts = given.parts
+    if given.is_absolute() and folder.name in parts[:-1]:
+        return folder.joinpath(*parts[parts.index(folder.name) + 1 :])
+    return folder / given
+
+
 def _checked(tool: str) -> None:
     if tool not in TOOLS:
         raise InputError(f"unknown mask tool {tool!r}; the tools are {', '.join(TOOLS)}")

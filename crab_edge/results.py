@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 Modality = Literal["audio", "visual", "audio-visual"]
@@ -51,10 +52,10 @@ class Mask:
 
 @dataclass(frozen=True)
 class MaskFile:
-    """A mask as a picture on disk (not black = object); a relative path starts in the task's data folder."""
+    """The true mask of a test record: a picture whose pixels above 0 belong to the object."""
 
     label: str
-    path: str
+    path: Path
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def test_weights_choose_sam2(tmp_path, monkeypatch):
 
 
 class Graph:
-    """Stands in for an ONNX Runtime session: names, shapes and types of inputs and outputs, and a function."""
+    """Stands in for an ONNX Runtime session: names, shapes and types of its tensors, and a function."""
 
     def __init__(self, inputs, outputs, run):
         self._inputs, self._outputs, self._run = inputs, outputs, run
@@ -304,7 +304,7 @@ def exports():
 @pytest.mark.parametrize("graphs", exports(), ids=["exporter", "runtime", "transformers"])
 def test_sam2_through_onnx(graphs, tmp_path, monkeypatch):
     monkeypatch.setattr(masks_sam2, "_sessions", lambda folder: graphs)
-    frame, disc = picture_of_a_disc()
+    frame, _ = picture_of_a_disc()
     points = Points("disc", ((60, 40),))
     mask = masks.segment(frame, Box("disc", 40, 20, 80, 60), points, weights=tmp_path)
     assert mask.source == "sam2" and (mask.width, mask.height) == (120, 90)
@@ -317,9 +317,8 @@ def test_sam2_through_onnx(graphs, tmp_path, monkeypatch):
     coordinates = next(v for k, v in decoder.given.items() if k in ("point_coords", "input_points"))
     labels = next(v for k, v in decoder.given.items() if "labels" in k)
     # Straight stretch to the encoder's square; the box is its corners, labelled 2 and 3.
-    np.testing.assert_allclose(
-        coordinates.reshape(-1, 2), np.array([[40, 20], [80, 60], [60, 40]]) * [256 / 120, 256 / 90], rtol=1e-6
-    )
+    expected = np.array([[40, 20], [80, 60], [60, 40]]) * [256 / 120, 256 / 90]
+    np.testing.assert_allclose(coordinates.reshape(-1, 2), expected, rtol=1e-6)
     assert labels.ravel().tolist() == [2, 3, 1]
 
 

@@ -92,7 +92,7 @@ def test_unav_by_hand():
         Sample((ev("dog", 0, 4), ev("dog", 6, 8), ev("cat", 0, 10)), (ev("dog", 0, 3), ev("cow", 0, 1))),
         Sample((ev("dog", 1, 3),), (ev("dog", 1, 3), ev("dog", 5, 6))),
     ]
-    # dog: three true, three said, two matched at 0.5 (0..3 against 0..4 has 0.75); cat: one missed; cow: one false.
+    # dog: three true, three said, two matched at 0.5 (0..3 against 0..4 has 0.75); cat missed; cow false.
     assert unav.counts(samples, 0.5) == {"dog": (2, 3, 3), "cat": (0, 0, 1), "cow": (0, 1, 0)}
     found = figures("unav", samples)
     assert found["event F1@0.5"].value == pytest.approx(100 * 4 / 8)
