@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import typer
 from crab_edge_apps import _official as official
 from crab_edge_apps import _results_table as results_table
 from crab_edge_apps import score as verb
+from PIL import Image
 from typer.testing import CliRunner
 
 from crab_edge import tasks
@@ -193,3 +195,86 @@ def test_files_keep_their_order_and_names(tmp_path):
     assert report.bundle == "b.jsonl, a.jsonl" and len(report.scores) == 2
     assert report.notes[0] == "b.jsonl ave: 1 lines were said twice; the last one counts"
     assert "segment accuracy" in results_table.markdown(report)
+
+
+# What Crab+'s inference writes: its metadata, a right answer, and a figure that is then 100.
+_THU = "Please answer the question based on the options: What is it?, options:['dog', 'cat', 'cow', 'bus']"
+OFFICIAL = {
+    "a2v": ({"output": "<answer>1</answer>."}, "The first. <answer>one</answer>", "accuracy"),
+    "v2a": ({"output": "<answer>2</answer>."}, "<answer>2</answer>.", "accuracy"),
+    "ks": ({"output": "<answer>playing violin</answer>"}, "<answer> playing violin </answer>", "accuracy"),
+    "ucf": ({"output": "<answer>applyeyemakeup</answer>"}, "<answer>applyeyemakeup</answer>", "accuracy"),
+    "meld": ({"output": "<answer>joy</answer>."}, "<answer>joy</answer>", "weighted F1"),
+    "cremad": ({"output": "<answer>sad</answer>."}, "<answer>Sad</answer>", "accuracy"),
+    "mafw": ({"output": "<answer>anger</answer>."}, "<answer>anger</answer>", "UAR"),
+    "dfew": ({"output": "<answer>happy</answer>."}, "<answer>happy</answer>", "WAR"),
+    "avqa": (
+        {"vid": "1", "qid": 2, "type": '["Audio", "Counting"]', "output": "two"},
+        "<answer>2</answer>",
+        "audio",
+    ),
+    "avqa_thu": (
+        {"vid": "1", "instruction": _THU, "name": "n", "type": "Which", "relation": "Both", "output": 1},
+        "<answer>cat</answer>",
+        "accuracy",
+    ),
+    "ave": ({"output": "event:dog start_time:0 end_time:5"}, AVE, "segment accuracy"),
+    "avvp": (
+        {"output": "<audio_event>Dog,(0 4)</audio_event>"},
+        "<audio_event>Dog,(0 4)</audio_event>",
+        "segment A",
+    ),
+    "arig": (
+        {"frame_path": "/d/1.jpg", "idx": 1, "tot": 5}
+        | {"output": "The sounding object is bus. Its coordinates are <obj>(9,9)(112,112)</obj>."},
+        "The sounding object is bus. Its coordinates are <obj>(9,9)(112,112)</obj>.",
+        "AUC",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_every_form_that_crabs_inference_writes(name, tmp_path):
+    if name not in tasks.names():
+        pytest.skip(f"no task {name}")
+    fields, text, figure = OFFICIAL[name]
+    path = write(tmp_path / f"inference_{name}.jsonl", [{**fields, "task_name": name, "predict": text}])
+    report = verb.run([path])
+    assert report.scores[0].n == 1 and not report.notes and report.scores[0].unparsable == 0.0
+    assert figures(report)[figure] == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("name", ["s4", "ms3", "ref_avs"])
+def test_masks_for_what_crabs_inference_writes(name, tmp_path):
+    """The authors' paths lead to frames and masks in the folder given; the reference is no mask by itself."""
+    pytest.importorskip("cv2")
+    if name not in tasks.names():
+        pytest.skip(f"no task {name}")
+    there = "test/v" if name != "ref_avs" else "media/v"
+    inside = np.zeros((224, 224), bool)
+    inside[20:80, 20:80] = True
+    folder = tmp_path / "AVUIE_2" / name
+    truth = f"{there}/labels_rgb/3.png" if name != "ref_avs" else "gt_mask/v/fid_7/00003.png"
+    for place, picture in (
+        (f"{there}/frames/3.jpg", np.where(inside[:, :, None], (200, 20, 20), (20, 120, 30))),
+        (truth, np.where(inside[:, :, None], (0, 128, 0), 0)),
+    ):
+        (folder / place).parent.mkdir(parents=True)
+        Image.fromarray(picture.astype(np.uint8)).save(folder / place)
+    row = {"task_name": name, "image_path": f"/theirs/AVUIE_2/{name}/{there}/frames/3.jpg", "idx": 3}
+    said = "The object making the sound in the video is dog. [15,15,90,90] [50,50],[40,40],[60,60]"
+    row |= {"a_obj": "dog", "output": "The object making the sound in the video is dog."}
+    rows = [{**row, "predict": said}, {**row, "idx": 4, "predict": "no idea"}]
+    if name == "ref_avs":
+        row |= {"vid": "v", "uid": "u", "fid": 7, "output": "the red square", "split": "test_s"}
+        rows = [{**row, "predict": f"<answer>true</answer> {said}"}]
+        rows.append({**row, "split": "test_n", "predict": "<answer>false</answer>"})
+    report = verb.run([write(tmp_path / "p.jsonl", rows)], data=tmp_path / "AVUIE_2")
+    found = figures(report)
+    if name == "ref_avs":
+        assert found["seen J (valid only)"] > 80 and found["null S, lower is better (valid only)"] == 0.0
+        assert found["valid answers"] == 100.0
+    else:
+        assert found["J (valid only)"] > 80 and found["valid answers"] == 50.0
+        assert found["J (invalid = 0)"] == pytest.approx(found["J (valid only)"] / 2)
+    assert list(report.masks.values()) == [["grabcut"]]
