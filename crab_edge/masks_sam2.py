@@ -101,7 +101,7 @@ def _with_onnx(
     encoder, decoder = _sessions(folder)
     [picture] = encoder.get_inputs()
     side = picture.shape[-1] if isinstance(picture.shape[-1], int) else _SIDE
-    pixels = _pixels(frame, side).astype(_TYPES.get(picture.type, np.float32))
+    pixels: NDArray[Any] = _pixels(frame, side).astype(_TYPES.get(picture.type, np.float32))
     names = [output.name for output in encoder.get_outputs()]
     features = dict(zip(names, encoder.run(names, {picture.name: pixels}), strict=True))
     height, width = frame.shape[:2]
