@@ -45,8 +45,3 @@ def completed(
         made = masks.add_masks(parsed, picture)[len(parsed) :]
         out.append(replace(prediction, masks=tuple(item for item in made if isinstance(item, Mask))))
     return out
-
-
-def tools(predictions: Sequence[Prediction]) -> list[str]:
-    """The tools that made the masks, sorted."""
-    return sorted({mask.source for prediction in predictions for mask in prediction.masks})

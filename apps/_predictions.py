@@ -138,9 +138,7 @@ def _open(model: Any, record: TestRecord) -> Any:
 
 def _ask(session: Any, record: TestRecord, started: float) -> Row:
     task = tasks.get(record.task)
-    frame = getattr(record, "frame", None)
-    which = {} if frame is None else {"frame": frame}
-    answer = session.ask(record.question, task=task.name, **which)
+    answer = session.ask(record.question, task=task.name, **_part(record))
     duration = float(session.clip.duration_s)
     own: Row = {"seconds": time.perf_counter() - started, "duration_s": duration}
     if task.media.windowed and len(session.clip.windows()) > 1:
@@ -149,6 +147,12 @@ def _ask(session: Any, record: TestRecord, started: float) -> Row:
     if made:
         own["masks"] = results_to_json(made)
     return _row(record, answer.raw, own)
+
+
+def _part(record: TestRecord) -> dict[str, int]:
+    """Which part of the sound belongs to the picture, where the task hears one part."""
+    frame = getattr(record, "frame", None)
+    return {} if frame is None else {"frame": frame}
 
 
 def _row(record: TestRecord, text: str, own: Mapping[str, Any]) -> Row:

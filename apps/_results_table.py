@@ -36,7 +36,7 @@ _WIDTH = 160
 class Report:
     """What `evaluate` or `score` found. `differences`: paired scores against another bundle, "all" is pooled.
 
-    By list: `missing` records without media, `masks` the tools that made them, `notes` anything else.
+    `missing`: records without media by list; `notes`: anything else to say.
     """
 
     bundle: str
@@ -44,7 +44,6 @@ class Report:
     absent: list[str] = field(default_factory=list)
     missing: dict[str, int] = field(default_factory=dict)
     mix: dict[str, list[str]] = field(default_factory=dict)
-    masks: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     against: str | None = None
     differences: dict[str, Difference] = field(default_factory=dict)
@@ -67,7 +66,6 @@ class Report:
             "against": self.against,
             "lists": [_score_json(score) for score in self.scores],
             "absent": self.absent,
-            "masks_made_by": self.masks,
             "notes": self.notes,
             "missing_media": self.missing,
             "scene_mix": self.mix,
@@ -86,7 +84,7 @@ def _score_json(score: SplitScore) -> dict[str, Any]:
         }
         for line in score.lines
     ]
-    names = ("task", "split", "n", "errors", "unparsable", "seconds_per_sample", "score_name")
+    names = ("task", "split", "n", "errors", "unparsable", "seconds_per_sample", "score_name", "mask_tools")
     return {**{name: getattr(score, name) for name in names}, "figures": figures}
 
 
@@ -166,8 +164,8 @@ def _notes(report: Report) -> list[str]:
         if _baseline(score):
             notes.append(f"{place}: baseline is the {_baseline(score)}")
         compared |= any(line.published is not None for line in score.lines)
-        if report.masks.get(place):
-            notes.append(f"{place}: masks made by {', '.join(report.masks[place])}")
+        if score.mask_tools:
+            notes.append(f"{place}: masks made by {', '.join(score.mask_tools)}")
         if score.errors:
             notes.append(f"{place}: {score.errors} of {score.n} samples failed; they count as wrong")
     for place, count in report.missing.items():

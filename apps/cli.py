@@ -28,8 +28,8 @@ EXTRAS = {
     "cpu": ("onnxruntime",),
     "train": ("torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "soundfile"),
     "export": ("onnx", "onnxscript", "onnx_ir", "optimum"),
-    "demo": ("gradio",),
     "segment": ("cv2",),
+    "demo": ("gradio",),
 }
 INTRODUCTION = "Ask audio-visual language models about clips, on this machine."
 

@@ -32,13 +32,13 @@ def evaluate(
     ] = None,
     against: Annotated[Path | None, typer.Option(help="Second bundle, compared sample by sample.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first records of each list.")] = None,
+    sam2: Annotated[
+        Path | None, typer.Option(help="SAM 2's ONNX folder or checkpoint; masks come from GrabCut without.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Predictions go here; a second run goes on where it stopped.")
     ] = DEFAULT_OUT,
     engine: Annotated[str, typer.Option(help="Engine to run on.")] = "auto",
-    sam2: Annotated[
-        Path | None, typer.Option(help="SAM 2's ONNX folder or checkpoint; masks come from GrabCut without.")
-    ] = None,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out records whose media are missing.")
     ] = False,
@@ -61,18 +61,17 @@ def evaluate(
         command = render_command(300)
         raise InputError(f"no test lists given; name their folder with --data, or render them with {command}")
     chosen = [name.strip() for part in task or [] for name in part.split(",") if name.strip()]
-    with masks.using(weights=sam2):
-        report = run(
-            bundle,
-            data,
-            chosen,
-            against=against,
-            limit=limit,
-            out=out,
-            engine=engine,
-            skip_missing=skip_missing,
-            console=Console(stderr=True),
-        )
+    report = masks.using(weights=sam2)(run)(
+        bundle,
+        data,
+        chosen,
+        against=against,
+        limit=limit,
+        out=out,
+        engine=engine,
+        skip_missing=skip_missing,
+        console=Console(stderr=True),
+    )
     from . import _results_table as results_table
 
     results_table.publish(report, as_json=as_json, markdown_file=markdown)
@@ -116,8 +115,8 @@ def run(
     if not skip_missing:
         check_media([split for _, split in chosen])
     _masks.check([task for task, _ in chosen])
-    report = Report("", absent=absent)
-    report.bundle, report.scores, per_sample = _measure(bundle, chosen, out, engine, console, report.masks)
+    identity, scores, per_sample = _measure(bundle, chosen, out, engine, console)
+    report = Report(identity, scores, absent)
     for _, split in chosen:
         missing = sum(bool(record.missing) for record in split.records)
         if missing:
@@ -126,7 +125,7 @@ def run(
         if mix:
             report.mix[f"{split.task} {split.name}"] = mix
     if against is not None:
-        report.against, _, other = _measure(against, chosen, out, engine, console, {})
+        report.against, _, other = _measure(against, chosen, out, engine, console)
         _compare(report, per_sample, other)
     return report
 
@@ -155,17 +154,9 @@ Scores = dict[str, dict[str, float]]
 
 
 def _measure(
-    bundle: Path | None,
-    chosen: list[tuple[Task, Split]],
-    out: Path,
-    engine: str,
-    console: Any,
-    mask_tools: dict[str, list[str]],
+    bundle: Path | None, chosen: list[tuple[Task, Split]], out: Path, engine: str, console: Any
 ) -> tuple[str, list[Any], Scores]:
-    """The bundle's identity, its scores by list, and every sample's score by list and record.
-
-    `mask_tools` takes what made the masks of each list.
-    """
+    """The bundle's identity, its scores by list, and every sample's score by list and record."""
     import crab_edge
     from crab_edge.tasks.scoring import score
 
@@ -188,7 +179,6 @@ def _measure(
                 if _masks.needed(task):
                     progress.update(total, description=f"{task.name} {split.name}, masks")
                     told = _masks.completed(task, told, [_picture(record) for record, _ in pairs])
-                    mask_tools[f"{task.name} {split.name}"] = _masks.tools(told)
                 result = score(task, told, split.variant)
                 found.append(result)
                 keys = [record.key for record, _ in pairs]

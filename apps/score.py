@@ -70,7 +70,6 @@ def run(
             place = f"{found.task.name} {'test_' + found.variant if found.variant else 'test'}"
             if _masks.needed(found.task):
                 told = _masks.completed(found.task, told, found.pictures, lambda: progress.advance(total))
-                report.masks[place] = _masks.tools(told)
             else:
                 progress.advance(total, len(told))
             report.scores.append(scoring.score(found.task, told, found.variant))

@@ -50,7 +50,7 @@ class Line:
 class SplitScore:
     """All figures of one task on one list. `unparsable`: percent of answers of which a part didn't parse.
 
-    `seconds_per_sample` is 0 where nobody took the time.
+    `seconds_per_sample` is 0 where nobody took the time. `mask_tools`: what made the answers' masks.
     """
 
     task: str
@@ -62,6 +62,7 @@ class SplitScore:
     errors: int
     unparsable: float
     seconds_per_sample: float
+    mask_tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,4 +143,5 @@ def score(task: Task, predictions: Sequence[Prediction], variant: str = "") -> S
         errors=len(samples) - len(told),
         unparsable=100.0 * broken / len(told) if told else 0.0,
         seconds_per_sample=sum(timed) / len(timed) if timed else 0.0,
+        mask_tools=tuple(sorted({mask.source for prediction in predictions for mask in prediction.masks})),
     )

@@ -471,7 +471,7 @@ def test_masks_are_made_and_compared(mask_task, mask_data, monkeypatch, tmp_path
     found = {name: line.figure.value for (_, _, name), line in lines_of(report).items()}
     assert found["J (valid only)"] > 80
     assert found["J (invalid = 0)"] == pytest.approx(2 / 3 * found["J (valid only)"])
-    assert report.masks == {"cut_out test": ["grabcut"]}
+    assert report.scores[0].mask_tools == ("grabcut",)
     assert "cut_out test: masks made by grabcut" in results_table._notes(report)
     # The lines hold box and points alone, the pictures are found again in the data folder.
     [path] = tmp_path.glob("fake*/inference_cut_out.jsonl")
@@ -492,7 +492,7 @@ def test_masks_of_the_answer_are_kept(mask_task, mask_data, monkeypatch, tmp_pat
     monkeypatch.setattr(masks, "choose", lambda: ("sam2", None))
     install(monkeypatch, Cutter(lambda name, task, question: SEEN))
     report = verb.run(None, mask_data, ["cut_out"], out=tmp_path)
-    assert report.masks == {"cut_out test": ["sam2"]}
+    assert report.scores[0].mask_tools == ("sam2",)
     value = lines_of(report)["cut_out", "test", "J (valid only)"].figure.value
     assert value == pytest.approx(100 * 60 * 60 / 224**2)
     [path] = tmp_path.glob("fake*/inference_cut_out.jsonl")

@@ -277,4 +277,4 @@ def test_masks_for_what_crabs_inference_writes(name, tmp_path):
     else:
         assert found["J (valid only)"] > 80 and found["valid answers"] == 50.0
         assert found["J (invalid = 0)"] == pytest.approx(found["J (valid only)"] / 2)
-    assert list(report.masks.values()) == [["grabcut"]]
+    assert report.scores[0].mask_tools == ("grabcut",)
