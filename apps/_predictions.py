@@ -14,8 +14,9 @@ from typing import Any, TextIO
 from crab_edge import results as result_types
 from crab_edge import tasks
 from crab_edge.avuie import Split, TestRecord
-from crab_edge.errors import BundleError, CrabError, EngineError, InputError
-from crab_edge.results import Result, results_to_json
+from crab_edge.errors import BundleError, CrabError, DependencyError, EngineError, InputError
+from crab_edge.results import Mask, Result, results_to_json
+from crab_edge.tasks.base import Parsed
 from crab_edge.tasks.scoring import Prediction
 
 #: Own fields of a line, apart from the record's and `predict`.
@@ -115,7 +116,7 @@ def run_split(
                     open_media = (record.media, _open(model, record))
                 row = _ask(open_media[1], record, started)
                 failures = 0
-            except BundleError:
+            except (BundleError, DependencyError):
                 raise
             except Exception as error:
                 failures += 1
@@ -137,12 +138,21 @@ def _open(model: Any, record: TestRecord) -> Any:
 
 def _ask(session: Any, record: TestRecord, started: float) -> Row:
     task = tasks.get(record.task)
-    answer = session.ask(record.question, task=task.name)
+    answer = session.ask(record.question, task=task.name, **_part(record))
     duration = float(session.clip.duration_s)
     own: Row = {"seconds": time.perf_counter() - started, "duration_s": duration}
     if task.media.windowed and len(session.clip.windows()) > 1:
         own["parsed"] = results_to_json(answer.parsed)
+    made = [result for result in answer.parsed if isinstance(result, Mask)]
+    if made:
+        own["masks"] = results_to_json(made)
     return _row(record, answer.raw, own)
+
+
+def _part(record: TestRecord) -> dict[str, int]:
+    """Which part of the sound belongs to the picture, where the task hears one part."""
+    frame = getattr(record, "frame", None)
+    return {} if frame is None else {"frame": frame}
 
 
 def _row(record: TestRecord, text: str, own: Mapping[str, Any]) -> Row:
@@ -159,16 +169,35 @@ def collect(split: Split, rows: Mapping[str, Row]) -> list[tuple[TestRecord, Pre
         row = rows.get(record.key)
         if row is None or record.truth is None:
             continue
-        own = row[OWN]
-        duration = float(record.fields.get("duration") or own.get("duration_s") or 10.0)
-        parsed = _results_from_json(own["parsed"]) if "parsed" in own else None
-        text = None if "error" in own else str(row["predict"])
-        prediction = Prediction(record.truth, text, record.fields, duration, float(own["seconds"]), parsed)
-        pairs.append((record, prediction))
+        pairs.append((record, prediction_of(record.truth, record.fields, row, split.path.parent)))
     return pairs
 
 
+def prediction_of(truth: Parsed, fields: Mapping[str, Any], row: Row, folder: Path | None) -> Prediction:
+    """A line as a prediction. Lines of other programs have `predict` alone: no timing, ten seconds a clip."""
+    own = row.get(OWN, {})
+    masks = tuple(item for item in _results_from_json(own.get("masks", [])) if isinstance(item, Mask))
+    return Prediction(
+        truth=truth,
+        text=None if "error" in own else str(row["predict"]),
+        record=fields,
+        duration_s=float(fields.get("duration") or own.get("duration_s") or 10.0),
+        seconds=float(own.get("seconds", 0.0)),
+        parsed=_results_from_json(own["parsed"]) if "parsed" in own else None,
+        masks=masks,
+        folder=folder,
+    )
+
+
 def _results_from_json(items: list[Row]) -> tuple[Result, ...]:
-    names = ("Event", "Box", "Choice", "Caption", "Unparsed")
+    names = ("Event", "Box", "Points", "Mask", "Choice", "Caption", "Unparsed")
     kinds = {name.lower(): getattr(result_types, name) for name in names}
-    return tuple(kinds[item["type"]](**{k: v for k, v in item.items() if k != "type"}) for item in items)
+    found = []
+    for item in items:
+        given = {name: value for name, value in item.items() if name != "type"}
+        if item["type"] == "mask":
+            given["counts"] = tuple(given["counts"])
+        elif item["type"] == "points":
+            given["xy"] = tuple((x, y) for x, y in given["xy"])
+        found.append(kinds[item["type"]](**given))
+    return tuple(found)

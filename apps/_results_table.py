@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from crab_edge import tasks
+from crab_edge.errors import TaskError
+from crab_edge.tasks.metrics import Figure
 from crab_edge.tasks.metrics.paired import Difference
-from crab_edge.tasks.scoring import Line, SplitScore
+from crab_edge.tasks.scoring import Line, PublishedFigure, SplitScore, published
+
+from ._scene_mix import scene_mix as scene_mix
 
 HEADINGS = (
-    *("task", "list", "figure", "value", "baseline", "bar"),
+    *("task", "list", "figure", "value", "published", "baseline", "bar"),
     *("samples", "classes", "unparsable", "s/sample"),
 )
+_WORDS = ("task", "list", "figure", "bar")
 POOLED = "all"
 #: Points that a low-bit bundle may lose against its float model, pooled over all samples.
 MOST_LOSS = 1.0
-_MOST_VALUES = 8
 _WIDTH = 160
 
 
 @dataclass
 class Report:
-    """What `evaluate` found. `differences` are paired scores against another bundle, "all" is pooled."""
+    """What `evaluate` or `score` found. `differences`: paired scores against another bundle, "all" is pooled.
+
+    `missing`: records without media by list; `notes`: anything else to say.
+    """
 
     bundle: str
     scores: list[SplitScore] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     missing: dict[str, int] = field(default_factory=dict)
     mix: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     against: str | None = None
     differences: dict[str, Difference] = field(default_factory=dict)
 
@@ -54,6 +66,7 @@ class Report:
             "against": self.against,
             "lists": [_score_json(score) for score in self.scores],
             "absent": self.absent,
+            "notes": self.notes,
             "missing_media": self.missing,
             "scene_mix": self.mix,
             "differences": {name: vars(difference) for name, difference in self.differences.items()},
@@ -63,10 +76,15 @@ class Report:
 
 def _score_json(score: SplitScore) -> dict[str, Any]:
     figures = [
-        {**vars(line.figure), "bar": line.bar.text() if line.bar else None, "met": line.met}
+        {
+            **vars(line.figure),
+            "bar": line.bar.text() if line.bar else None,
+            "met": line.met,
+            "published": line.published,
+        }
         for line in score.lines
     ]
-    names = ("task", "split", "n", "errors", "unparsable", "seconds_per_sample", "score_name")
+    names = ("task", "split", "n", "errors", "unparsable", "seconds_per_sample", "score_name", "mask_tools")
     return {**{name: getattr(score, name) for name in names}, "figures": figures}
 
 
@@ -81,34 +99,81 @@ def _cells(score: SplitScore) -> list[list[str]]:
                 score.task if first else "",
                 score.split if first else "",
                 figure.name,
-                f"{figure.value:.1f} %",
-                "" if figure.baseline is None else f"{figure.baseline:.1f} %",
+                _value(figure, figure.value) if figure.n else "none",
+                "" if line.published is None else _value(figure, line.published, 2),
+                "" if figure.baseline is None else _value(figure, figure.baseline),
                 bar,
                 str(figure.n),
                 "" if figure.classes is None else str(figure.classes),
                 f"{score.unparsable:.1f} %" if first else "",
-                f"{score.seconds_per_sample:.2f}" if first else "",
+                f"{score.seconds_per_sample:.2f}" if first and score.seconds_per_sample else "",
             ]
         )
+    shown = [line.published for line in score.lines]
+    others = [item for item in _published(score.task) if item.value not in shown]
+    # A figure of the main list stands nowhere else.
+    return rows + (_published_rows("", "", others) if score.split == "test" else [])
+
+
+def _value(figure: Figure, value: float, digits: int = 1) -> str:
+    return f"{value:.{digits}f} %" if figure.unit == "%" else f"{value:.3f}{figure.unit}"
+
+
+def _published(name: str) -> list[PublishedFigure]:
+    try:
+        return published(tasks.get(name))
+    except TaskError:  # a task that was taken out since
+        return []
+
+
+def _published_rows(task: str, place: str, items: Sequence[PublishedFigure]) -> list[list[str]]:
+    """Rows for published figures that no measured one stands beside."""
+    rows = []
+    for item in items:
+        place_of = [task, place] if not rows else ["", ""]
+        cells = [*place_of, f"{item.dataset}: {item.name}", "", f"{item.value:.2f} %"]
+        rows.append(cells + [""] * (len(HEADINGS) - len(cells)))
     return rows
 
 
-def _baselines(score: SplitScore) -> Iterable[str]:
-    names = dict.fromkeys(line.figure.baseline_name for line in score.lines if line.figure.baseline_name)
-    return names.keys()
+def _absent_rows(task: str) -> list[list[str]]:
+    rows = _published_rows(task, "absent", _published(task))
+    return rows or [[task, "absent", *[""] * (len(HEADINGS) - 2)]]
+
+
+def _blocks(report: Report) -> list[list[list[str]]]:
+    """The table's rows, in a block for each list and each absent data set."""
+    return [_cells(score) for score in report.scores] + [_absent_rows(task) for task in report.absent]
+
+
+def _baseline(score: SplitScore) -> str:
+    """What the baselines of a list are, in one line: of several of one kind, the first."""
+    kinds: dict[str, str] = {}
+    for line in score.lines:
+        name = line.figure.baseline_name
+        kinds.setdefault(name.partition(" (")[0], name)
+    return "; ".join(name for name in kinds.values() if name)
 
 
 def _notes(report: Report) -> list[str]:
     """Sentences under the table."""
     notes = []
+    compared = False
     for score in report.scores:
         place = f"{score.task} {score.split}"
-        notes += [f"{place}: baseline is the {name}" for name in _baselines(score)]
+        if _baseline(score):
+            notes.append(f"{place}: baseline is the {_baseline(score)}")
+        compared |= any(line.published is not None for line in score.lines)
+        if score.mask_tools:
+            notes.append(f"{place}: masks made by {', '.join(score.mask_tools)}")
         if score.errors:
             notes.append(f"{place}: {score.errors} of {score.n} samples failed; they count as wrong")
     for place, count in report.missing.items():
         notes.append(f"{place}: {count} records left out, their media are missing")
-    notes += [f"{task}: absent" for task in report.absent]
+    notes += report.notes
+    if compared:
+        scenes = "; the lists here are rendered scenes, no comparison" if report.mix else ""
+        notes.append(f"published: the authors' figures on the data sets' own test lists{scenes}")
     notes += [f"scenes of {place}: {line}" for place, lines in report.mix.items() for line in lines]
     return notes
 
@@ -132,15 +197,33 @@ def stdout_console() -> Console:
     return console if console.is_terminal else Console(width=_WIDTH)
 
 
+def publish(report: Report, *, as_json: bool, markdown_file: Path | None) -> None:
+    """Print the report, as a table or as JSON; with `markdown_file`, write it there as well."""
+    if markdown_file is not None:
+        markdown_file.write_text(markdown(report), "utf-8")
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
+    else:
+        show(report, stdout_console())
+
+
 def show(report: Report, console: Console) -> None:
     """Print table, notes and comparison."""
     table = Table(title=f"Results of {report.bundle}", title_justify="left")
     for heading in HEADINGS:
-        numeric = heading in ("value", "baseline", "samples", "classes", "unparsable", "s/sample")
+        numeric = heading in (
+            "value",
+            "published",
+            "baseline",
+            "samples",
+            "classes",
+            "unparsable",
+            "s/sample",
+        )
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
-    for score in report.scores:
-        for cells in _cells(score):
-            table.add_row(*cells)
+    for block in _blocks(report):
+        for cells in block:
+            table.add_row(*map(escape, cells))
         table.add_section()
     console.print(table)
     for note in _notes(report):
@@ -155,7 +238,7 @@ def markdown(report: Report) -> str:
     """The same as Markdown."""
     lines = [f"Results of `{report.bundle}`.", "", _markdown_row(HEADINGS)]
     lines.append(_markdown_row(["---"] * len(HEADINGS)))
-    lines += [_markdown_row(cells) for score in report.scores for cells in _cells(score)]
+    lines += [_markdown_row(cells) for block in _blocks(report) for cells in block]
     notes = _notes(report)
     if notes:
         lines += ["", *(f"- {_escaped(note)}" for note in notes)]
@@ -171,43 +254,3 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-
-
-def scene_mix(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What the records' `scene` fields hold, a line each: shares of few values, else least, most, median.
-
-    A list counts each of its items. Records that carry no `scene` object give nothing.
-    """
-    scenes = [record["scene"] for record in records if isinstance(record.get("scene"), Mapping)]
-    lines = []
-    for name in dict.fromkeys(key for scene in scenes for key in scene):
-        values: list[Any] = []
-        for scene in scenes:
-            value = scene.get(name)
-            values += value if isinstance(value, list) else [value] if value is not None else []
-        text = _distribution(values)
-        if text:
-            lines.append(f"{name}: {text}")
-    return lines
-
-
-def _distribution(values: Sequence[Any]) -> str:
-    plain = [value for value in values if isinstance(value, bool | int | float | str)]
-    counts = Counter("yes" if v is True else "no" if v is False else str(v) for v in plain)
-    if not plain:
-        return ""
-    if len(counts) <= _MOST_VALUES:
-        ordered = sorted(counts.items(), key=lambda item: (_sortable(item[0]), item[0]))
-        return ", ".join(f"{value} {100 * count / len(plain):.0f} %" for value, count in ordered)
-    if all(isinstance(value, int | float) for value in plain):
-        ordered_values = sorted(plain)
-        middle = ordered_values[len(plain) // 2]
-        return f"{ordered_values[0]:.3g} to {ordered_values[-1]:.3g}, median {middle:.3g}"
-    return f"{len(counts)} different"
-
-
-def _sortable(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("inf")

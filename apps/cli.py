@@ -28,6 +28,7 @@ EXTRAS = {
     "cpu": ("onnxruntime",),
     "train": ("torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "soundfile"),
     "export": ("onnx", "onnxscript", "onnx_ir", "optimum"),
+    "segment": ("cv2",),
     "demo": ("gradio",),
 }
 INTRODUCTION = "Ask audio-visual language models about clips, on this machine."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from crab_edge.errors import CheckError, InputError
 
 if TYPE_CHECKING:
-    from crab_edge.avuie import Split
+    from crab_edge.avuie import Split, TestRecord
     from crab_edge.tasks import Task
 
     from ._results_table import Report
@@ -33,6 +32,9 @@ def evaluate(
     ] = None,
     against: Annotated[Path | None, typer.Option(help="Second bundle, compared sample by sample.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first records of each list.")] = None,
+    sam2: Annotated[
+        Path | None, typer.Option(help="SAM 2's ONNX folder or checkpoint; masks come from GrabCut without.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Predictions go here; a second run goes on where it stopped.")
     ] = DEFAULT_OUT,
@@ -47,8 +49,10 @@ def evaluate(
         int | None, typer.Option(min=1, help="Without --data: print the command that renders N scenes.")
     ] = None,
 ) -> None:
-    """Measure a bundle on test lists: figures, trivial baselines, bars, unparsable answers, time a sample."""
+    """Measure a bundle on test lists: figures, published ones, baselines, unparsable answers, time."""
     from rich.console import Console
+
+    from crab_edge import masks
 
     if data is None:
         if render is not None:
@@ -57,7 +61,7 @@ def evaluate(
         command = render_command(300)
         raise InputError(f"no test lists given; name their folder with --data, or render them with {command}")
     chosen = [name.strip() for part in task or [] for name in part.split(",") if name.strip()]
-    report = run(
+    report = masks.using(weights=sam2)(run)(
         bundle,
         data,
         chosen,
@@ -70,12 +74,7 @@ def evaluate(
     )
     from . import _results_table as results_table
 
-    if markdown is not None:
-        markdown.write_text(results_table.markdown(report), "utf-8")
-    if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
-    else:
-        results_table.show(report, results_table.stdout_console())
+    results_table.publish(report, as_json=as_json, markdown_file=markdown)
     if check and report.loss_met is False:
         lost = -report.differences[results_table.POOLED].points
         raise CheckError(
@@ -104,15 +103,18 @@ def run(
     """All of `evaluate` but the printing: reads every list first, then runs the models one after the other.
 
     Predictions land in `out/<bundle's identity>/inference_<task>.jsonl`. `names` empty = every task; a task
-    whose list is absent is then reported as absent. InputError for a missing folder, list or media file.
+    whose list is absent is reported as absent. InputError for a missing folder or media file, and when none
+    of `names` has a list; DependencyError when masks are needed and can't be made.
     """
     from crab_edge.avuie import check_media
 
+    from . import _masks
     from ._results_table import Report, scene_mix
 
     chosen, absent = _read(data, names, limit)
     if not skip_missing:
         check_media([split for _, split in chosen])
+    _masks.check([task for task, _ in chosen])
     identity, scores, per_sample = _measure(bundle, chosen, out, engine, console)
     report = Report(identity, scores, absent)
     for _, split in chosen:
@@ -138,11 +140,11 @@ def _read(data: Path, names: list[str], limit: int | None) -> tuple[list[tuple[T
     for task in [tasks.get(name) for name in dict.fromkeys(names)] or tasks.all():
         lists = splits(data, task)
         if not lists:
-            if names:
-                command = render_command(300, str(data))
-                raise InputError(f"{data / task.name}: no test*.json; render it with {command}")
             absent.append(task.name)
         chosen += [(task, read_split(path, task, limit=limit)) for path in lists]
+    if names and not chosen:
+        command = render_command(300, str(data))
+        raise InputError(f"{data / absent[0]}: no test*.json; render it with {command}")
     if not any(split.records for _, split in chosen):
         raise InputError(f"{data}: no test records; render them with {render_command(300, str(data))}")
     return chosen, absent
@@ -158,6 +160,7 @@ def _measure(
     import crab_edge
     from crab_edge.tasks.scoring import score
 
+    from . import _masks
     from ._predictions import collect, file_name, run_split
 
     model = crab_edge.load(bundle, engine=engine)
@@ -172,11 +175,19 @@ def _measure(
             predictions = run_split(model, split, path, lambda: progress.advance(total))
             pairs = collect(split, predictions.rows)
             if pairs:
-                result = score(task, [prediction for _, prediction in pairs], split.variant)
+                told = [prediction for _, prediction in pairs]
+                if _masks.needed(task):
+                    progress.update(total, description=f"{task.name} {split.name}, masks")
+                    told = _masks.completed(task, told, [_picture(record) for record, _ in pairs])
+                result = score(task, told, split.variant)
                 found.append(result)
                 keys = [record.key for record, _ in pairs]
                 per_sample[f"{task.name} {split.name}"] = dict(zip(keys, result.scores, strict=True))
     return identity, found, per_sample
+
+
+def _picture(record: TestRecord) -> Path | None:
+    return next((path for path, kind in record.media if kind == "image"), None)
 
 
 def _progress(console: Any) -> Any:

@@ -2,22 +2,28 @@
 
 import dataclasses
 import json
+import re
+import shutil
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import typer
 from crab_edge_apps import _predictions as predictions
 from crab_edge_apps import _results_table as results_table
 from crab_edge_apps import evaluate as verb
+from crab_edge_apps import score as score_verb
+from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
 import crab_edge
-from crab_edge import tasks
-from crab_edge.errors import CheckError, EngineError, InputError, MediaError, TaskError
-from crab_edge.results import Answer, Choice, Event, Timings
-from crab_edge.tasks import MediaContext
+from crab_edge import masks, tasks
+from crab_edge.errors import CheckError, DependencyError, EngineError, InputError, MediaError, TaskError
+from crab_edge.results import Answer, Box, Choice, Event, MaskFile, Points, Timings, Unparsed
+from crab_edge.tasks import Bar, MediaContext
 
 
 class FakeModel:
@@ -39,7 +45,7 @@ class FakeModel:
             raise MediaError(f"{media[0]}: truncated")
         return SimpleNamespace(
             clip=SimpleNamespace(duration_s=self.duration_s, windows=lambda: [None] * self.windows),
-            ask=lambda question, task: self._ask(name, question, task),
+            ask=lambda question, task, frame=None: self._ask(name, question, task),
         )
 
     def _ask(self, name, question, task):
@@ -144,7 +150,8 @@ def test_figures_of_all_lists(data, model, tmp_path):
     assert (share.figure.value, share.figure.baseline, share.met) == (100.0, 100.0, False)
     assert found["avqa", "test", "existential"].figure.value == 50.0
     assert found["avqa", "test", "audio counting"].figure.value == 0.0
-    assert report.absent == ["avcap", "avvp"]
+    assert report.absent == [name for name in tasks.names() if name not in ("ave", "arig", "avqa")]
+    assert {"avcap", "avvp"} <= set(report.absent)
     assert report.bundle == "fake/w4@0123"
     assert report.mix == {"ave test": ["objects: 1 67 %, 2 33 %", "silent: no 33 %, yes 67 %"]}
     assert report.scores[0].unparsable == 0.0 and report.scores[0].n == 3
@@ -313,24 +320,197 @@ def test_wrong_arguments(data, model, tmp_path):
 def test_a_new_task_needs_one_declaration(tmp_path, monkeypatch):
     task = dataclasses.replace(
         tasks.get("ave"),
-        name="ks",
-        family="action",
+        name="mine",
+        family="my own",
         instruction="Please identify the action taking place in the video.",
         parse=tasks.get("avqa").parse,
         render=tasks.get("avqa").render,
         truth=lambda record: (Choice(record["action"]),),
-        metric="accuracy",
-        bars={},
+        metric="war-uar",
+        bars={"UAR": Bar(at_least=60.0)},
     )
     tasks.register(task)
     try:
-        data = write_lists(tmp_path / "data", {"ks/test": [{"vid": "a", "action": "bowling"}]})
-        install(monkeypatch, FakeModel(lambda name, task, question: "So <answer>Bowling</answer>."))
+        records = [{"vid": name, "action": "bowling" if name == "a" else "skiing"} for name in "abc"]
+        data = write_lists(tmp_path / "data", {"mine/test": records})
+        model = install(monkeypatch, FakeModel(lambda name, task, question: "So <answer>Bowling</answer>."))
         report = verb.run(None, data, [], out=tmp_path)
-        assert lines_of(report)["ks", "test", "accuracy"].figure.value == 100.0
-        assert "| ks | test | accuracy | 100.0 % | 100.0 % |" in results_table.markdown(report)
+        assert model.asked[0] == ("a", "mine", None)
+        assert lines_of(report)["mine", "test", "WAR"].figure.value == pytest.approx(100 / 3)
+        text = results_table.markdown(report)
+        assert "| mine | test | WAR | 33.3 % |  | 66.7 % |" in text
+        assert "|  |  | UAR | 50.0 % |  | 50.0 % | >= 60 (MISSED) |" in text
+        # The predictions it wrote are scored the same by themselves.
+        [path] = tmp_path.glob("fake*/inference_mine.jsonl")
+        again = score_verb.run([path])
+        assert [line.figure for line in again.scores[0].lines] == [
+            line.figure for score in report.scores for line in score.lines
+        ]
+        shutil.rmtree(data / "mine")
+        write_lists(data, {"ave/test": [ave("a")]})
+        assert "mine" in verb.run(None, data, [], out=tmp_path).absent
     finally:
-        tasks.unregister("ks")
+        tasks.unregister("mine")
+
+
+Published = namedtuple("Published", "dataset figure value source")
+
+
+def declared(name, published):
+    """A task that declares what was published, whatever the others have."""
+    values = {field.name: getattr(tasks.get("ave"), field.name) for field in dataclasses.fields(tasks.Task)}
+    task = tasks.Task(**{**values, "name": name, "bars": {}})
+    object.__setattr__(task, "published", published)
+    return task
+
+
+def test_published_figures_stand_beside_the_measured_ones(tmp_path, monkeypatch, data):
+    known = (
+        Published("AVE", "Segment-accuracy", 83.58, "paper"),
+        Published("AVE", "not stated", 59.4, "paper"),
+    )
+    for name in ("mine", "theirs"):
+        tasks.register(declared(name, known))
+    try:
+        write_lists(data, {"mine/test": [ave("a")], "mine/test_unseen": [ave("a")]})
+        install(monkeypatch, FakeModel(say_dog))
+        report = verb.run(None, data, ["mine", "theirs"], out=tmp_path)
+        text = results_table.markdown(report)
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert rows[2].startswith("| mine | test | segment accuracy | 100.0 % | 83.58 % | 100.0 % |")
+        assert rows[3].startswith("|  |  | AVE: not stated |  | 59.40 % |  |")
+        # The official list's figure isn't the other list's.
+        assert rows[4].startswith("| mine | test_unseen | segment accuracy | 100.0 % |  | 100.0 % |")
+        # Absent, but what there is to reach is shown.
+        assert rows[5].startswith("| theirs | absent | AVE: Segment-accuracy |  | 83.58 % |")
+        assert rows[6].startswith("|  |  | AVE: not stated |  | 59.40 % |")
+        assert "published: the authors' figures on the data sets' own test lists" in text
+        assert report.to_json()["lists"][0]["figures"][0]["published"] == 83.58
+    finally:
+        tasks.unregister("mine")
+        tasks.unregister("theirs")
+
+
+def test_absent_data_sets_are_shown(data, model, tmp_path):
+    report = verb.run(None, data, ["ave", "avcap"], out=tmp_path)
+    assert report.absent == ["avcap"]
+    assert "| avcap | absent |" in results_table.markdown(report)
+    console = Console(width=160, record=True)
+    results_table.show(report, console)
+    assert "absent" in console.export_text()
+
+
+def test_the_baselines_of_a_list_take_one_line(data, model, tmp_path):
+    report = verb.run(None, data, ["avqa", "arig"], out=tmp_path)
+    notes = [note for note in results_table._notes(report) if "baseline" in note]
+    assert notes == [
+        "avqa test: baseline is the majority answer per type (2, no)",
+        "arig test: baseline is the majority class (dog); best constant box (0,0)(112,112)",
+        "arig test_unseen: baseline is the majority class (cat); best constant box (0,0)(112,112)",
+    ]
+
+
+# Masks
+
+SEEN = "[10,10,100,100] [50,50]"
+
+
+def outlines(text, context):
+    """Box and point of "[x1,y1,x2,y2] [x,y]"."""
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    if len(numbers) != 6:
+        return (Unparsed("no box and point"),)
+    return (Box("dog", *numbers[:4]), Points("dog", (tuple(numbers[4:]),)))
+
+
+@pytest.fixture
+def mask_task():
+    yield tasks.register(
+        dataclasses.replace(
+            tasks.get("arig"),
+            name="cut_out",
+            parse=outlines,
+            render=lambda results, context=None: SEEN,
+            truth=lambda record: (MaskFile("dog", Path(record["mask"])),),
+            metric="avs",
+            bars={},
+        )
+    )
+    tasks.unregister("cut_out")
+
+
+@pytest.fixture
+def mask_data(tmp_path):
+    """Three pictures of a red square on green, [20, 80) in both directions of 224, stored at 112 and 224."""
+    names = {"a": 224, "b": 112, "c": 224}
+    records = [
+        {
+            "vid": name,
+            "visual_path": f"image/{name}.png",
+            "audio_path": f"{name}.wav",
+            "mask": f"mask/{name}.png",
+        }
+        for name in names
+    ]
+    data = write_lists(tmp_path / "AVUIE_2", {"cut_out/test": records})
+    (data / "cut_out" / "mask").mkdir()
+    for name, side in names.items():
+        inside = np.zeros((224, 224), bool)
+        inside[20:80, 20:80] = True
+        picture = np.where(inside[:, :, None], (200, 20, 20), (20, 120, 30)).astype(np.uint8)
+        Image.fromarray(picture).resize((side, side), 0).save(data / "cut_out" / "image" / f"{name}.png")
+        Image.fromarray(inside.astype(np.uint8) * 255).save(data / "cut_out" / "mask" / f"{name}.png")
+    return data
+
+
+def test_masks_are_made_and_compared(mask_task, mask_data, monkeypatch, tmp_path):
+    pytest.importorskip("cv2")
+    monkeypatch.delenv(masks.WEIGHTS_VARIABLE, raising=False)
+    install(monkeypatch, FakeModel(lambda name, task, question: "nothing" if name == "c" else SEEN))
+    report = verb.run(None, mask_data, ["cut_out"], out=tmp_path)
+    found = {name: line.figure.value for (_, _, name), line in lines_of(report).items()}
+    assert found["J (valid only)"] > 80
+    assert found["J (invalid = 0)"] == pytest.approx(2 / 3 * found["J (valid only)"])
+    assert report.scores[0].mask_tools == ("grabcut",)
+    assert "cut_out test: masks made by grabcut" in results_table._notes(report)
+    # The lines hold box and points alone, the pictures are found again in the data folder.
+    [path] = tmp_path.glob("fake*/inference_cut_out.jsonl")
+    again = score_verb.run([path], data=mask_data)
+    assert [line.figure for line in again.scores[0].lines] == [line.figure for line in report.scores[0].lines]
+    with pytest.raises(InputError, match="can't be read"):
+        score_verb.run([path])
+
+
+def test_masks_of_the_answer_are_kept(mask_task, mask_data, monkeypatch, tmp_path):
+    full = masks.from_bits(np.ones((50, 60), bool), "dog", "sam2")
+
+    class Cutter(FakeModel):
+        def _ask(self, *asked):
+            answer = super()._ask(*asked)
+            return dataclasses.replace(answer, parsed=(*answer.parsed, full))
+
+    monkeypatch.setattr(masks, "choose", lambda: ("sam2", None))
+    install(monkeypatch, Cutter(lambda name, task, question: SEEN))
+    report = verb.run(None, mask_data, ["cut_out"], out=tmp_path)
+    assert report.scores[0].mask_tools == ("sam2",)
+    value = lines_of(report)["cut_out", "test", "J (valid only)"].figure.value
+    assert value == pytest.approx(100 * 60 * 60 / 224**2)
+    [path] = tmp_path.glob("fake*/inference_cut_out.jsonl")
+    row = json.loads(path.read_text().splitlines()[0])
+    assert row["crab_edge"]["masks"] == [{"type": "mask", **dataclasses.asdict(full), "counts": [0, 3000]}]
+    # Nothing has to be segmented again, so that no tool and no pictures are needed.
+    monkeypatch.setattr(masks, "choose", lambda: pytest.fail("no mask is to be made"))
+    assert score_verb.run([path], data=mask_data).scores[0].lines[0].figure.value == pytest.approx(value)
+
+
+def test_masks_that_cant_be_made_stop_the_run_before_it_begins(mask_task, mask_data, model, monkeypatch):
+    def missing():
+        raise DependencyError("masks need OpenCV")
+
+    monkeypatch.setattr(masks, "choose", missing)
+    with pytest.raises(DependencyError):
+        verb.run(None, mask_data, ["cut_out"])
+    assert not model.opened
 
 
 # The verb
@@ -357,8 +537,10 @@ def test_table_markdown_and_json(command, data, model, tmp_path):
     assert result.exit_code == 0
     assert "segment accuracy" in result.stdout and "scenes of ave test: objects" in result.stdout
     text = (tmp_path / "table.md").read_text()
-    assert "| ave | test | segment accuracy | 66.7 % | 66.7 % | >= 60 (met) | 3 | 2 | 0.0 % |" in text
-    assert "baseline is the best constant box (0,0)(112,112)" in text
+    row = next(line for line in text.splitlines() if line.startswith("| ave | test |"))
+    assert row.startswith("| ave | test | segment accuracy | 66.7 % |")
+    assert "| 66.7 % | >= 60 (met) | 3 | 2 | 0.0 % |" in row
+    assert "best constant box (0,0)(112,112)" in text
     found = json.loads(command(*options, "--json").stdout)
     assert found["bundle"] == "fake/w4@0123"
     assert [entry["task"] for entry in found["lists"]] == ["ave", "arig", "arig"]

@@ -32,7 +32,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a results table. `value` and `baseline` are percentages."""
+    """One line of a results table. `value` and `baseline` are percentages, or `unit` says otherwise."""
 
     name: str
     value: float
@@ -40,16 +40,21 @@ class Figure:
     baseline: float | None = None
     baseline_name: str = ""
     classes: int | None = None
+    unit: str = "%"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Figures of many samples, and each sample's own score in 0..1 for paired comparisons."""
+    """Figures of many samples, and each sample's own score in 0..1 for paired comparisons.
+
+    `needs_masks`: truth and prediction must hold a `Mask` where there is an object.
+    """
 
     name: str
     figures: Callable[[Sequence[Sample]], list[Figure]]
     score: Callable[[Sample], float]
     score_name: str
+    needs_masks: bool = False
 
 
 def whole_seconds(duration_s: float) -> int:
