@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 Modality = Literal["audio", "visual", "audio-visual"]
@@ -50,6 +51,14 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class MaskFile:
+    """The true mask of a test record: a picture whose pixels above 0 belong to the object."""
+
+    label: str
+    path: Path
+
+
+@dataclass(frozen=True)
 class Choice:
     """A short answer: a word, a number, an option."""
 
@@ -70,7 +79,7 @@ class Unparsed:
     reason: str
 
 
-Result = Event | Box | Points | Mask | Choice | Caption | Unparsed
+Result = Event | Box | Points | Mask | MaskFile | Choice | Caption | Unparsed
 
 
 @dataclass(frozen=True)
