@@ -18,13 +18,12 @@ from crab_edge.results import MaskFile
 from crab_edge.tasks.base import Parsed, Record, Task, required
 from crab_edge.tasks.recipes import MediaRecipe
 
-#: Media fields of the official lists by kind and how many a task takes; the first one present is used.
-_PATH_FIELDS: dict[tuple[str, int], tuple[tuple[str, ...], ...]] = {
-    ("video", 1): (("video_path", "visual_path"),),
-    ("video", 2): (("video1_path",), ("video2_path",)),
-    ("image", 1): (("image_path", "visual_path"),),
-    ("audio", 1): (("audio_path",),),
-    ("audio", 2): (("audio1_path",), ("audio2_path",)),
+#: Media fields of the official lists where a task takes one of a kind; the first one present is used.
+#: Where it takes several, they are numbered: `video1_path`, `video2_path`.
+_PATH_FIELDS = {
+    "video": ("video_path", "visual_path"),
+    "image": ("image_path", "visual_path"),
+    "audio": ("audio_path",),
 }
 #: Lists without paths name the clip; its files are `video/<name>.<suffix>` and `audio/<name>.<suffix>`.
 #: The first name that has a file counts: AVQA's `video_id` is a number, its `video_name` the file's.
@@ -174,23 +173,20 @@ def media_paths(record: Record, recipe: MediaRecipe, folder: Path) -> Iterator[t
     A path that isn't on disk comes back as the place where it was expected; paths that leave the folder are
     refused with an InputError.
     """
-    for kind, count in (("video", recipe.videos), ("image", recipe.images), ("audio", recipe.audios)):
-        if not count:
-            continue
-        fields = _PATH_FIELDS.get((kind, count))
-        if fields is None:
-            raise InputError(f"no field names are known for {count} {kind} streams")
-        for names in fields:
+    for kind, names in _PATH_FIELDS.items():
+        count = recipe.count(kind)
+        if count > 1:
+            for number in range(1, count + 1):
+                yield _located(str(required(record, f"{kind}{number}_path")), kind, folder), kind
+        elif count:
             given = next((str(record[name]) for name in names if record.get(name)), None)
             if given is not None:
                 yield _located(given, kind, folder), kind
-            elif count == 1:
-                required(record, *names, *_NAME_FIELDS)
-                held = [str(record[name]) for name in _NAME_FIELDS if record.get(name) not in (None, "")]
-                found = [_by_name(name, kind, folder) for name in held]
-                yield next((path for path in found if path.is_file()), found[0]), kind
-            else:
-                raise InputError(f"a record lacks the field {names[0]}")
+                continue
+            required(record, *names, *_NAME_FIELDS)
+            held = [str(record[name]) for name in _NAME_FIELDS if record.get(name) not in (None, "")]
+            found = [_by_name(name, kind, folder) for name in held]
+            yield next((path for path in found if path.is_file()), found[0]), kind
 
 
 def _located(given: str, kind: str, folder: Path) -> Path:
