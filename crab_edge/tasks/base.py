@@ -132,7 +132,7 @@ class Task:
       sentence of it parses. `opens`: strings that begin the tagged part; free text may stand before it.
     - `finish(results, picture)`: adds what takes the picture's pixels, such as masks.
     - `truth(record)`: results of an AV-UIE v2 test record in the model's own coordinates; None = the record
-      isn't scored. `question(record)`: what fills the slot.
+      isn't scored; `truth_files`: fields that may name its mask. `question(record)`: what fills the slot.
     - `targets`: the train record's field(s) holding the answer text, first one present.
     - `metric`: name in `crab_edge.tasks.metrics`; `bars`: figure name (optionally `name@split`) -> what the
       project's own rendered test scenes must reach; `published`: the official model's figures.
@@ -158,6 +158,7 @@ class Task:
     form: str = ""
     opens: tuple[str, ...] = ()
     finish: Finish | None = None
+    truth_files: tuple[str, ...] = ()
 
     def prompt(self, question: str | None = None) -> str:
         """The instruction with its slot filled; TaskError when a question is missing or has no slot."""

@@ -215,6 +215,7 @@ def _avs(name: str) -> Task:
         metric="avs",
         targets=("label_content",),
         finish=add_mask,
+        truth_files=MASK_FIELDS,
     )
 
 
@@ -245,5 +246,6 @@ TASKS = (
         metric="ref-avs",
         targets=("output",),
         finish=add_mask,
+        truth_files=MASK_FIELDS,
     ),
 )
