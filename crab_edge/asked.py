@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from crab_edge.errors import CrabError
 from crab_edge.resolved import Spent
 from crab_edge.results import Answer, Event, Result, Timings
-from crab_edge.tasks import MediaContext, MediaRecipe, Task
+from crab_edge.tasks import MediaContext, MediaRecipe, Parsed, Task
 
 if TYPE_CHECKING:
     from crab_edge.clip import Clip
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Asked:
-    """A task with its instruction; `limit` bounds the tokens of each window's text."""
+    """A task with its instruction; `limit` bounds the tokens of each window's text.
+
+    `frame`: the picture's number among the parts of the audio, for tasks that hear one of them.
+    """
 
     task: Task
     recipe: MediaRecipe
@@ -26,6 +30,7 @@ class Asked:
     limit: int
     cancelled: Callable[[], bool] | None
     notices: list[str]
+    frame: int | None = None
     spent: Spent = field(default_factory=Spent)
     complete: bool = False
     _raws: list[str] = field(default_factory=list)
@@ -39,8 +44,19 @@ class Asked:
     def add(self, raw: str, context: MediaContext, *, ended: bool) -> None:
         """Takes one window's text; `ended` is false when the model was stopped before its end token."""
         self._raws.append(raw)
-        self._results.extend(self.task.parse(raw, context))
+        self._results.extend(self._finished(self.task.parse(raw, context)))
         self._cut_off |= not ended
+
+    def _finished(self, parsed: Parsed) -> Parsed:
+        """What the task makes of its results and the picture; where that fails, the results and a notice."""
+        images = self.clip.images[: self.recipe.images]
+        if self.task.finish is None or not images or self.stopped():
+            return parsed
+        try:
+            return self.task.finish(parsed, images[0].original())
+        except CrabError as error:
+            self.notices.append(" ".join(str(error).split()))
+            return parsed
 
     def answer(self) -> Answer:
         """What is known so far, as the answer."""

@@ -54,7 +54,7 @@ class Clip:
     @classmethod
     def open(
         cls,
-        media: Sequence[str | Path],
+        media: Sequence[str | Path | tuple[str | Path, str]],
         *,
         kinds: Mapping[Path, str] | None = None,
         max_minutes: float | None = 10.0,
@@ -62,24 +62,28 @@ class Clip:
         """Open media files.
 
         media: paths; a video with sound gives one video and one audio. kinds: "video", "image" or "audio" for
-        paths of which only that is to be used. max_minutes: the longest track allowed, None for any. Raises
-        MediaError for a file that is missing, isn't media, is damaged or empty; InputError beyond
-        max_minutes.
+        paths of which only that is to be used; a pair (path, kind) among the media says it for that entry.
+        max_minutes: the longest track allowed, None for any. Raises MediaError for a file that is missing,
+        isn't media, is damaged or empty; InputError beyond max_minutes.
         """
         if isinstance(media, (str, Path)):
             media = [media]
         if not media:
             raise InputError("no media given; expected at least one video, picture or sound file")
         forced = {Path(path): kind for path, kind in (kinds or {}).items()}
-        for path, kind in forced.items():
-            if kind not in KINDS:
+        entries: list[tuple[Path, str | None]] = []
+        for entry in media:
+            path, kind = (entry, None) if isinstance(entry, (str, Path)) else entry
+            entries.append((Path(path), kind or forced.get(Path(path))))
+        for path, kind in [*forced.items(), *entries]:
+            if kind is not None and kind not in KINDS:
                 raise InputError(f"{shown(path)}: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
-        paths = tuple(Path(path) for path in media)
-        clip = cls(paths, tuple(forced.get(path) for path in paths), [], [], [], [])
+        paths, each = tuple(path for path, _ in entries), tuple(kind for _, kind in entries)
+        clip = cls(paths, each, [], [], [], [])
         limit_s = None if max_minutes is None else 60 * max_minutes
         try:
-            for path in paths:
-                clip._add(path, forced.get(path), limit_s)
+            for path, kind in entries:
+                clip._add(path, kind, limit_s)
         except BaseException:
             clip.close()
             raise

@@ -73,18 +73,8 @@ class StillImage:
     """One picture: `path`, `width` and `height` in pixels as a viewer shows it (EXIF orientation applied)."""
 
     def __init__(self, path: Path) -> None:
-        from PIL import Image, ImageOps
-
         self.path = path
-        try:
-            with Image.open(path) as image:
-                upright = _rgb(ImageOps.exif_transpose(image), path)
-        except MediaError:
-            raise
-        except Exception as error:  # on damaged files Pillow raises whatever its parsers stumble over
-            raise MediaError(
-                f"{shown(path)}: a picture that can't be read ({reason(error)}); get a whole copy"
-            ) from error
+        upright = self._open()
         self.width, self.height = upright.size
         self._pixels = stretch(upright)
         self._pixels.flags.writeable = False
@@ -92,6 +82,24 @@ class StillImage:
     def pixels(self) -> NDArray[np.uint8]:
         """uint8 [224, 224, 3] RGB, stretched; transparent parts on white. Read-only."""
         return self._pixels
+
+    def original(self) -> NDArray[np.uint8]:
+        """uint8 [height, width, 3] RGB in its own size; decoded again at each call."""
+        return np.asarray(self._open())
+
+    def _open(self) -> Any:
+        """The picture upright as PIL RGB."""
+        from PIL import Image, ImageOps
+
+        try:
+            with Image.open(self.path) as image:
+                return _rgb(ImageOps.exif_transpose(image), self.path)
+        except MediaError:
+            raise
+        except Exception as error:  # on damaged files Pillow raises whatever its parsers stumble over
+            raise MediaError(
+                f"{shown(self.path)}: a picture that can't be read ({reason(error)}); get a whole copy"
+            ) from error
 
 
 def _rgb(image: Any, path: Path) -> Any:

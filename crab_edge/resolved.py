@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from crab_edge.engines import Engine
 
 WINDOW_S = 10.0
+ABOUT_A_SECOND = 24_000  # samples
 
 
-def streams(clip: Clip) -> frozenset[str]:
-    """The kinds of streams that a clip has, of "video", "image", "audio"."""
+def streams(clip: Clip) -> tuple[str, ...]:
+    """The kinds of a clip's streams, of "video", "image", "audio", one entry a stream."""
     present = {"video": clip.videos, "image": clip.images, "audio": clip.audios}
-    return frozenset(name for name, tracks in present.items() if tracks)
+    return tuple(name for name, tracks in present.items() for _ in tracks)
 
 
 def windows(clip: Clip, recipe: MediaRecipe) -> list[Window | None]:
@@ -54,8 +55,6 @@ def misfit(clip: Clip, task: Task) -> str | None:
                 f"task {task.name} takes {wanted} {kind} stream, but {len(tracks)} were given ({files}); "
                 "say which file is for what with --video, --image and --audio"
             )
-        if wanted > 1 and 0 < len(tracks) < wanted:
-            return f"task {task.name} takes {wanted} {kind} streams, but {len(tracks)} was given"
     return None
 
 
@@ -65,6 +64,25 @@ def _counts(clip: Clip, recipe: MediaRecipe) -> tuple[tuple[str, int, Sequence[A
         ("image", recipe.images, clip.images),
         ("audio", recipe.audios, clip.audios),
     )
+
+
+def heard(
+    recipe: MediaRecipe, wave: NDArray[np.float32], frame: int | None
+) -> tuple[NDArray[np.float32], bool]:
+    """What a recipe hears of a waveform, and whether it had to guess which part.
+
+    Without a `frame`, a sound of about a second is heard whole where one part in 5 or 10 would be, and of a
+    longer one the first part. TaskError for a frame past the last part.
+    """
+    if not recipe.units:
+        return recipe.slice_audio(wave), False
+    if frame is not None and not 0 <= frame < recipe.units:
+        raise TaskError(
+            f"frame {frame}: the sound is divided in {recipe.units} parts; expected 0 to {recipe.units - 1}"
+        )
+    if frame is None and len(wave) <= ABOUT_A_SECOND:
+        return wave, False
+    return recipe.slice_audio(wave, frame or 0), frame is None
 
 
 def unused(clip: Clip, recipe: MediaRecipe) -> list[str]:
@@ -141,29 +159,49 @@ class Shown:
         return (self.lead, *(part.key for part in self.parts))
 
 
-def resolve(clip: Clip, recipe: MediaRecipe, window: Window | None, spent: Spent) -> Shown:
+def resolve(
+    clip: Clip, recipe: MediaRecipe, window: Window | None, spent: Spent, frame: int | None = None
+) -> Shown:
     """Applies a recipe to a clip (or one window of it). Missing streams change the lead, nothing else.
 
-    A stream that has ended before the window is missing there.
+    A stream that has ended before the window is missing there. Where a recipe takes several videos or
+    several audios, the model sees them as one (Crab+ reference). `frame`: for recipes that hear one part of
+    the audio, the picture's number among the parts.
     Frames are decoded only when they get encoded; the samples are decoded here, since they make the key.
     """
     span = "whole" if window is None else f"{window.start_s:.3f}-{window.end_s:.3f}"
     visual: list[Part] = []
-    for number, video in enumerate(clip.videos[: recipe.videos]):
-        if not video.visible(window):
-            continue
-        key = f"video:{clip.sha256}:{number}:{recipe.frames}:{span}"
-        visual.append(Part("video", key, lambda video=video: video.frames(recipe.frames, window)))
+    shown = [
+        (number, video) for number, video in enumerate(clip.videos[: recipe.videos]) if video.visible(window)
+    ]
+    if shown:
+        numbers = "+".join(str(number) for number, _ in shown)
+        key = f"video:{clip.sha256}:{numbers}:{recipe.frames}:{span}"
+        tracks = [video for _, video in shown]
+        visual.append(
+            Part("video", key, lambda: _joined([video.frames(recipe.frames, window) for video in tracks]))
+        )
     for number, image in enumerate(clip.images[: recipe.images]):
         key = f"image:{clip.sha256}:{number}"
         visual.append(Part("image", key, lambda image=image: image.pixels()[None]))
     sound: list[Part] = []
     started = time.perf_counter()
-    for audio in clip.audios[: recipe.audios]:
-        if not audio.audible(window):
-            continue
-        wave = recipe.slice_audio(audio.waveform(window))
+    waves = [
+        heard(recipe, audio.waveform(window), frame)[0]
+        for audio in clip.audios[: recipe.audios]
+        if audio.audible(window)
+    ]
+    if waves:
+        wave = _joined(waves)
         digest = hashlib.blake2b(wave.tobytes(), digest_size=16).hexdigest()
         sound.append(Part("audio", f"audio:{digest}", wave))
     spent.decode_s += time.perf_counter() - started
-    return Shown(recipe.lead(bool(visual), bool(sound)), (*visual, *sound))
+    parts = (*sound, *visual) if recipe.audio_first else (*visual, *sound)
+    return Shown(recipe.lead(bool(visual), bool(sound)), parts)
+
+
+def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    """One after the other along the first axis; a single one as it is."""
+    import numpy as np
+
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -19,7 +19,7 @@ from crab_edge.bundle import Bundle, default_bundle
 from crab_edge.clip import Clip, Window
 from crab_edge.errors import CrabError, InputError, TaskError
 from crab_edge.generate import Generator
-from crab_edge.resolved import Spent, context, misfit, resolve, streams, unused, windows
+from crab_edge.resolved import Spent, context, heard, misfit, resolve, streams, unused, windows
 from crab_edge.results import Answer
 from crab_edge.tasks import MediaRecipe, Task
 
@@ -59,19 +59,20 @@ class Model:
 
     def open(
         self,
-        *media: str | Path | Sequence[str | Path] | Clip,
+        *media: str | Path | Sequence[str | Path | tuple[str | Path, str]] | Clip,
         kinds: Mapping[Path, str] | None = None,
         max_minutes: float | None = 10.0,
     ) -> Session:
         """Opens one clip: a media file, or several that belong together (an image and its sound).
 
-        `kinds` forces a file's kind ("video", "image", "audio"). Longer clips than `max_minutes` are refused.
+        `kinds` forces a file's kind ("video", "image", "audio"), as pairs (path, kind) in a list do.
+        Longer clips than `max_minutes` are refused.
         Raises MediaError or InputError.
         """
         if len(media) == 1 and isinstance(media[0], Clip):
             clip = media[0]
         else:
-            paths: list[str | Path] = []
+            paths: list[str | Path | tuple[str | Path, str]] = []
             for entry in media:
                 if isinstance(entry, Clip):
                     raise InputError("give either one opened clip or paths, not both")
@@ -144,34 +145,42 @@ class Session:
         question: str | None = None,
         task: str | None = None,
         *,
+        frame: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
     ) -> Answer | list[Answer]:
         """One answer to a question or a task; with neither, the answers of every task that applies.
 
-        Raises TaskError for a task that is unknown, doesn't take this clip, or needs a question.
+        Of tasks that show and ask the same (data sets of one kind), the first is asked. `frame`: which of
+        the five or ten equal parts of its video's sound a picture belongs to, for the tasks that hear one
+        part of it. Raises TaskError for a task that is unknown, doesn't take this clip, or needs a question.
         """
         if question is not None or task is not None:
-            return self.stream(question, task, max_new_tokens=max_new_tokens, cancelled=cancelled).answer
-        names = [task.name for task in self.applicable() if not task.needs_question]
+            return self.stream(
+                question, task, frame=frame, max_new_tokens=max_new_tokens, cancelled=cancelled
+            ).answer
+        names = [task.name for task in tasks.distinct(self.applicable()) if not task.needs_question]
         if not names:
             raise TaskError(f"no task takes this clip without a question; {self._hint()}")
-        return self.ask_all(names, max_new_tokens=max_new_tokens, cancelled=cancelled)
+        return self.ask_all(names, frame=frame, max_new_tokens=max_new_tokens, cancelled=cancelled)
 
     def ask_all(
         self,
         names: Sequence[str],
         question: str | None = None,
         *,
+        frame: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[Answer]:
-        """Several tasks, answered in the order given; `question` goes to those that need one.
+        """Several tasks, answered in the order given; `question` and `frame` go to those that use them.
 
         Tasks with one media recipe go through a long clip together, so that each window is prefilled once.
         """
         asked = [
-            self._asked(question if tasks.get(name).needs_question else None, name, max_new_tokens, cancelled)
+            self._asked(
+                question if tasks.get(name).needs_question else None, name, frame, max_new_tokens, cancelled
+            )
             for name in names
         ]
         groups: dict[MediaRecipe, list[Asked]] = {}
@@ -187,17 +196,23 @@ class Session:
         question: str | None = None,
         task: str | None = None,
         *,
+        frame: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
     ) -> Stream:
         """Like `ask` for one question or task, as a stream of text; the request is checked at once."""
         if task is None and question is None:
             raise TaskError("give a question or a task to stream")
-        asked = self._asked(question, task or QUESTION_TASK, max_new_tokens, cancelled)
+        asked = self._asked(question, task or QUESTION_TASK, frame, max_new_tokens, cancelled)
         return Stream(self._pieces([[asked]]), asked)
 
     def _asked(
-        self, question: str | None, name: str, limit: int, cancelled: Callable[[], bool] | None
+        self,
+        question: str | None,
+        name: str,
+        frame: int | None,
+        limit: int,
+        cancelled: Callable[[], bool] | None,
     ) -> Asked:
         task = tasks.get(name)
         reason = misfit(self.clip, task)
@@ -205,6 +220,11 @@ class Session:
             raise TaskError(f"{reason}; {self._hint()}")
         recipe = task.recipe_for(streams(self.clip))
         notices = [f"task {task.name} doesn't use the clip's {kind}" for kind in unused(self.clip, recipe)]
+        if recipe.units and any(heard(recipe, audio.waveform(), frame)[1] for audio in self.clip.audios):
+            notices.append(
+                f"task {task.name} hears one of {recipe.units} parts of the sound, here the first; "
+                "name another one with frame"
+            )
         model = self.model.bundle.manifest.model
         if question is not None and unfamiliar(question, model.question_templates):
             notices.append(
@@ -212,7 +232,7 @@ class Session:
                 "trained on, not the world; don't rely on this answer"
             )
         instruction = task.prompt(question)
-        return Asked(task, recipe, self.clip, instruction, question, limit, cancelled, notices)
+        return Asked(task, recipe, self.clip, instruction, question, limit, cancelled, notices, frame)
 
     def _hint(self) -> str:
         names = [task.name for task in self.applicable()]
@@ -266,7 +286,7 @@ class Session:
         if asked.stopped():
             return
         generator, spent = self.model._generator, asked.spent
-        shown = resolve(self.clip, asked.recipe, window, spent)
+        shown = resolve(self.clip, asked.recipe, window, spent, asked.frame)
         logits, position = generator.start(shown, asked.instruction, spent)
         text = self.model.bundle.prompt.stream_decoder()
         ids: list[int] = []

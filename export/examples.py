@@ -99,8 +99,8 @@ def _clips(media: Media) -> Iterator[list[Path]]:
 
 
 def _of_clip(clip: Clip, name: str) -> Iterator[Example]:
-    """Every task that the clip suits and that needs no question, on its first window."""
-    for task in tasks.applicable(streams(clip)):
+    """Every task that the clip suits and that needs no question, on its first window; equal prompts once."""
+    for task in tasks.distinct(tasks.applicable(streams(clip))):
         if task.needs_question or misfit(clip, task) is not None:
             continue
         recipe = task.recipe_for(streams(clip))

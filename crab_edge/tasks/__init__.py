@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections import Counter
 from collections.abc import Iterable
 
 from crab_edge.errors import TaskError
-from crab_edge.tasks.base import FRAME_SIDE, MODEL_CONTEXT, Bar, MediaContext, Parsed, Task
+from crab_edge.tasks.base import FRAME_SIDE, MODEL_CONTEXT, Bar, MediaContext, Parsed, Published, Task
 from crab_edge.tasks.recipes import IMAGE_AUDIO, VIDEO_10, VIDEO_10_REWINDOW, MediaRecipe
 
 __all__ = [
@@ -24,9 +25,11 @@ __all__ = [
     "MediaContext",
     "MediaRecipe",
     "Parsed",
+    "Published",
     "Task",
     "all",
     "applicable",
+    "distinct",
     "get",
     "names",
     "register",
@@ -82,10 +85,19 @@ def all() -> list[Task]:
 def applicable(streams: Iterable[str]) -> list[Task]:
     """The tasks made for a clip that has these streams ("video", "image", "audio"), in `all`'s order.
 
-    Tasks that need a question are among them; whoever runs tasks without one leaves them out.
+    A kind counts as often as it is named: tasks that compare two videos need it twice. Tasks that need a
+    question are among them; whoever runs tasks without one leaves them out.
     """
-    given = frozenset(streams)
-    unknown = given - {"video", "image", "audio"}
+    given = Counter(streams)
+    unknown = set(given) - {"video", "image", "audio"}
     if unknown:
-        raise TaskError(f"unknown stream {sorted(unknown)[0]!r}; streams are video, image and audio")
-    return [task for task in all() if task.applies(given)]
+        raise TaskError(f"unknown stream {min(unknown)!r}; streams are video, image and audio")
+    return [task for task in all() if task.applies(given.elements())]
+
+
+def distinct(tasks: Iterable[Task]) -> list[Task]:
+    """The first of those tasks that show and ask the same: data sets of one task have one prompt."""
+    asked: dict[tuple[MediaRecipe, str], Task] = {}
+    for task in tasks:
+        asked.setdefault((task.media, task.instruction), task)
+    return list(asked.values())

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from crab_edge.errors import InputError, TaskError
 from crab_edge.results import Result
-from crab_edge.tasks.recipes import MediaRecipe
+from crab_edge.tasks import grammars
+from crab_edge.tasks.recipes import KINDS, MediaRecipe, counted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: Side in pixels of the square frame that official answers speak of.
-FRAME_SIDE = 224
+FRAME_SIDE = grammars.SIDE
 
 
 class Span(Protocol):
@@ -55,6 +62,8 @@ MODEL_CONTEXT = MediaContext()
 Parsed = tuple[Result, ...]
 Parse = Callable[[str, MediaContext], Parsed]
 Record = Mapping[str, Any]
+#: Results and the picture they speak of, uint8 [H, W, 3] in its own size -> results with more in them.
+Finish = Callable[[Parsed, "NDArray[np.uint8]"], Parsed]
 
 
 class Render(Protocol):
@@ -86,6 +95,16 @@ class Bar:
         return True
 
 
+@dataclass(frozen=True)
+class Published:
+    """A figure that the authors of Crab+ report. `figure`: the metric's name for it, or "not stated"."""
+
+    dataset: str
+    figure: str
+    value: float
+    source: str = "Crab+ paper"
+
+
 def required(record: Record, *names: str) -> Any:
     """The first of `names` that the record has; InputError naming them when it has none."""
     for name in names:
@@ -104,15 +123,19 @@ class Task:
     """One task of the unified interface.
 
     - `media`: the streams it takes; `still`: the recipe for a clip whose only visual is an image, if any.
-    - `instruction`: the official text, verbatim (official weights need it); may hold the slot `{question}`.
+    - `instruction`: the official text, verbatim (official weights need it); may hold the slot `{question}`,
+      into which the question goes after `wording`.
     - `requires`: streams ("video", "image", "audio") without which the task makes no sense.
     - `parse(text, context)`: typed results in clip seconds and original pixels; what doesn't parse is
       `Unparsed(reason)`. Never raises; linear time. `render(results, context)` is its inverse.
+    - `form`: the tagged part for people. `grammar`: the same in Lark for llguidance, "" for free text; any
+      sentence of it parses. `opens`: strings that begin the tagged part; free text may stand before it.
+    - `finish(results, picture)`: adds what takes the picture's pixels, such as masks.
     - `truth(record)`: results of an AV-UIE v2 test record in the model's own coordinates; None = the record
-      isn't scored. `question(record)`: what fills the slot.
+      isn't scored; `truth_files`: fields that may name its mask. `question(record)`: what fills the slot.
     - `targets`: the train record's field(s) holding the answer text, first one present.
     - `metric`: name in `crab_edge.tasks.metrics`; `bars`: figure name (optionally `name@split`) -> what the
-      project's own rendered test scenes must reach.
+      project's own rendered test scenes must reach; `published`: the official model's figures.
     """
 
     name: str
@@ -128,8 +151,14 @@ class Task:
     requires: frozenset[str] = frozenset()
     still: MediaRecipe | None = None
     question: Callable[[Record], str] = _question
+    wording: Callable[[str], str] = str.strip
     targets: tuple[str, ...] = ("label_content", "label", "output")
     bars: Mapping[str, Bar] = field(default_factory=dict)
+    published: tuple[Published, ...] = ()
+    form: str = ""
+    opens: tuple[str, ...] = ()
+    finish: Finish | None = None
+    truth_files: tuple[str, ...] = ()
 
     def prompt(self, question: str | None = None) -> str:
         """The instruction with its slot filled; TaskError when a question is missing or has no slot."""
@@ -140,27 +169,53 @@ class Task:
         if question is None or not question.strip():
             command = f'crab-edge ask CLIP "QUESTION" --task {self.name}'
             raise TaskError(f"task {self.name} needs a question: {command}")
-        return self.instruction.replace("{question}", question.strip())
+        return self.instruction.replace("{question}", self.wording(question))
 
-    def recipe_for(self, streams: frozenset[str] | set[str]) -> MediaRecipe:
-        """The recipe for a clip with these streams; TaskError naming what is missing."""
-        had = f"the clip has {_listed(streams)}"
-        if self.requires - set(streams):
-            raise TaskError(f"task {self.name} needs {_listed(self.requires)}; {had}")
-        if self.media.streams & set(streams) and not self._prefers_still(streams):
+    def grammar_for(self, context: MediaContext) -> str:
+        """The grammar with its seconds bounded by this clip or window, shorter ones than ten seconds too."""
+        seconds = math.ceil(context.end_s - context.start_s - 1e-9)
+        if not 0 < seconds < grammars.WINDOW_SECONDS:
+            return self.grammar
+        return self.grammar.replace(grammars.spans(), grammars.spans(seconds))
+
+    def recipe_for(self, streams: Iterable[str]) -> MediaRecipe:
+        """The recipe for a clip with these streams, one entry a stream; TaskError naming what is missing."""
+        given = Counter(streams)
+        had = f"the clip has {_listed(given)}"
+        if not self._enough(given):
+            wanted = {kind: self.media.count(kind) for kind in self.requires | self._several}
+            raise TaskError(f"task {self.name} needs {_listed(wanted)}; {had}")
+        if self.media.streams & set(given) and not self._prefers_still(given):
             return self.media
-        if self.still is not None and self.still.streams & set(streams):
+        if self.still is not None and self.still.streams & set(given):
             return self.still
-        raise TaskError(f"task {self.name} takes {_listed(self.media.streams)}; {had}")
+        wanted = {kind: self.media.count(kind) for kind in self.media.streams}
+        raise TaskError(f"task {self.name} takes {_listed(wanted)}; {had}")
 
-    def applies(self, streams: frozenset[str] | set[str]) -> bool:
-        """Whether the task was made for a clip with these streams."""
-        given = set(streams)
-        return self.requires <= given and bool(self.media.streams & given) and not self._prefers_still(given)
+    def applies(self, streams: Iterable[str]) -> bool:
+        """Whether the task was made for a clip with these streams, one entry a stream."""
+        given = Counter(streams)
+        return (
+            self._enough(given) and bool(self.media.streams & set(given)) and not self._prefers_still(given)
+        )
 
-    def _prefers_still(self, streams: frozenset[str] | set[str]) -> bool:
-        return "image" in streams and "video" not in streams and "image" not in self.media.streams
+    @property
+    def _several(self) -> set[str]:
+        """The kinds of which it compares several."""
+        return {kind for kind in self.media.streams if self.media.count(kind) > 1}
+
+    def _enough(self, given: Counter[str]) -> bool:
+        several = all(given[kind] >= self.media.count(kind) for kind in self._several)
+        return self.requires <= set(given) and several
+
+    def _prefers_still(self, given: Counter[str]) -> bool:
+        return "image" in given and "video" not in given and "image" not in self.media.streams
 
 
-def _listed(streams: frozenset[str] | set[str]) -> str:
-    return " and ".join(sorted(streams, key=["video", "image", "audio"].index)) if streams else "nothing"
+def _listed(streams: Mapping[str, int]) -> str:
+    """ "two videos and audio"; of a single stream the bare kind."""
+    named = [
+        kind if streams[kind] <= 1 else counted(kind, streams[kind])
+        for kind in sorted(streams, key=KINDS.index)
+    ]
+    return " and ".join(named) if named else "nothing"

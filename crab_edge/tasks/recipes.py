@@ -15,7 +15,9 @@ SAMPLE_RATE = 16_000
 _SINGLE_UNIT = {"unit5": 5, "unit10": 10}
 #: Below this the 20 s re-windowing would shorten audio that fits anyway.
 _REWINDOW_FROM_S = 40.0
-_NUMBER = {1: "a", 2: "two", 3: "three"}
+_NUMBER = {2: "two", 3: "three"}
+KINDS = ("video", "image", "audio")
+_PLURAL = {"video": "videos", "image": "images", "audio": "audio clips"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class MediaRecipe:
     """The media part of a prompt. Two tasks with equal recipes share one prompt prefix.
 
     `frames` are per video (1 for a still); `audio` is the rule of `slice_audio`: "whole", "rewindow20",
-    "first4", "unit5" or "unit10"; `windowed` says that clips over ten seconds are cut into windows.
+    "first4", "unit5" or "unit10"; `windowed` says that clips over ten seconds are cut into windows. Several
+    videos are shown as one, several audios heard as one, joined without a separator (Crab+ reference);
+    `audio_first` puts the audio before the visual.
     """
 
     name: str
@@ -33,21 +37,29 @@ class MediaRecipe:
     frames: int = 10
     audio: str = "whole"
     windowed: bool = False
+    audio_first: bool = False
+
+    def count(self, kind: str) -> int:
+        """How many streams of a kind it takes."""
+        return {"video": self.videos, "image": self.images, "audio": self.audios}[kind]
 
     @property
     def streams(self) -> frozenset[str]:
         """The streams it can use, of "video", "image", "audio"."""
-        counts = {"video": self.videos, "image": self.images, "audio": self.audios}
-        return frozenset(name for name, count in counts.items() if count)
+        return frozenset(kind for kind in KINDS if self.count(kind))
+
+    @property
+    def units(self) -> int:
+        """Of how many parts of the audio one is heard; 0 when the audio isn't divided."""
+        return _SINGLE_UNIT.get(self.audio, 0)
 
     def lead(self, has_visual: bool, has_audio: bool) -> str:
         """The sentence before the media; a missing stream is left out of it, never replaced by zeros."""
         visual = audio = ""
         if has_visual and (self.videos or self.images):
-            noun, count = ("video", self.videos) if self.videos else ("image", self.images)
-            visual = _counted(noun, noun + "s", count, "an" if noun == "image" else "a")
+            visual = counted("video", self.videos) if self.videos else counted("image", self.images)
         if has_audio and self.audios:
-            audio = _counted("audio", "audio clips", self.audios, "an")
+            audio = counted("audio", self.audios)
         named = [name for name in (visual, audio) if name]
         if not named:
             raise InputError(f"media recipe {self.name}: the clip has none of its streams")
@@ -81,8 +93,11 @@ class MediaRecipe:
         raise InputError(f"unknown audio rule {self.audio!r} in media recipe {self.name}")
 
 
-def _counted(one: str, many: str, count: int, article: str) -> str:
-    return f"{article} {one}" if count == 1 else f"{_NUMBER.get(count, count)} {many}"
+def counted(kind: str, count: int) -> str:
+    """ "a video", "an audio", "two audio clips"."""
+    if count == 1:
+        return f"{'a' if kind == 'video' else 'an'} {kind}"
+    return f"{_NUMBER.get(count, count)} {_PLURAL[kind]}"
 
 
 def _rewindow(wave: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -96,3 +111,10 @@ def _rewindow(wave: NDArray[np.float32]) -> NDArray[np.float32]:
 VIDEO_10 = MediaRecipe("video10+audio", videos=1, audios=1, frames=10, windowed=True)
 VIDEO_10_REWINDOW = MediaRecipe("video10+audio20", videos=1, audios=1, frames=10, audio="rewindow20")
 IMAGE_AUDIO = MediaRecipe("image+audio", images=1, audios=1, frames=1)
+#: As VIDEO_10, but one answer about the whole clip however long it is.
+VIDEO_10_WHOLE = MediaRecipe("video10+audio, whole clip", videos=1, audios=1, frames=10)
+VIDEO_4 = MediaRecipe("video4+audio4", videos=1, audios=1, frames=4, audio="first4")
+IMAGE_AUDIO_5TH = MediaRecipe("image+audio 1/5", images=1, audios=1, frames=1, audio="unit5")
+IMAGE_AUDIO_10TH = MediaRecipe("image+audio 1/10", images=1, audios=1, frames=1, audio="unit10")
+TWO_VIDEOS = MediaRecipe("audio+2 videos", videos=2, audios=1, frames=10, audio_first=True)
+TWO_AUDIOS = MediaRecipe("video+2 audios", videos=1, audios=2, frames=10)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from crab_edge.results import Box, Choice, Result, Unparsed
+from crab_edge.tasks import grammars
 from crab_edge.tasks import text as read
 from crab_edge.tasks.base import FRAME_SIDE, MODEL_CONTEXT, Bar, MediaContext, Parsed, Record, Task, required
 from crab_edge.tasks.recipes import IMAGE_AUDIO
@@ -101,10 +102,15 @@ TASKS = (
         parse=_parse_arig,
         render=_render_arig,
         truth=_truth_arig,
-        grammar=(
+        form=(
             "The sounding object is LABEL. Its coordinates are <obj>(X1,Y1)(X2,Y2)</obj>. ; "
             "0..224, X1 < X2, Y1 < Y2"
         ),
+        grammar=(
+            'start: "The sounding object is " OBJECT ". Its coordinates are <obj>(" box "</obj>."\n'
+            f"OBJECT: {grammars.OBJECT}\n{grammars.box((',', ')(', ',', ')'))}"
+        ),
+        opens=("The sounding object is",),
         metric="grounding",
         bars={
             "label top-1": Bar(at_least=60.0),

@@ -1,12 +1,22 @@
-"""Event localisation in time: AVE (one audio-visual event) and AVVP, the LLP task (seen and heard apart)."""
+"""Event localisation in time: AVE and UnAV (audio-visual events), LLP (seen and heard apart)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from crab_edge.results import Event, Modality, Result, Unparsed
+from crab_edge.tasks import grammars
 from crab_edge.tasks import text as read
-from crab_edge.tasks.base import MODEL_CONTEXT, Bar, MediaContext, Parsed, Record, Task, required
+from crab_edge.tasks.base import (
+    MODEL_CONTEXT,
+    Bar,
+    MediaContext,
+    Parsed,
+    Published,
+    Record,
+    Task,
+    required,
+)
 from crab_edge.tasks.recipes import VIDEO_10
 
 _SEPARATORS = " ,;:"
@@ -124,9 +134,28 @@ def _truth_ave(record: Record) -> Parsed:
     return (Event(event, start, end, _BOTH),)
 
 
+def _truth_unav(record: Record) -> Parsed:
+    return _parse_ave(str(required(record, "label_content", "event")))
+
+
 def _truth_avvp(record: Record) -> Parsed:
     return _parse_avvp(str(required(record, "event", "label_content")))
 
+
+_AVE_INSTRUCTION = "Please describe the events and time range that occurred in the video."
+_AVE_FORM = "<event>LABEL, (S E)(S E)</event>, ... ; S < E whole seconds, E exclusive"
+# Ten seconds have room for five ranges with something between them.
+_AVE_GRAMMAR = (
+    'start: event (", " event){0,5}\n'
+    'event: "<event>" NAME span{1,5} "</event>"\n'
+    f'NAME: {grammars.LABEL} ", "\n{grammars.spans()}'
+)
+_AVVP_GRAMMAR = (
+    "start: seen{1,6} heard{0,6} | heard{1,6}\n"
+    'seen: "<visual_event>" NAME span{1,5} "</visual_event>"\n'
+    'heard: "<audio_event>" NAME span{1,5} "</audio_event>"\n'
+    f'NAME: {grammars.LABEL} ","\n{grammars.spans()}'
+)
 
 TASKS = (
     Task(
@@ -134,13 +163,31 @@ TASKS = (
         family="temporal",
         media=VIDEO_10,
         requires=frozenset({"video", "audio"}),
-        instruction="Please describe the events and time range that occurred in the video.",
+        instruction=_AVE_INSTRUCTION,
         parse=_parse_ave,
         render=_render_ave,
         truth=_truth_ave,
-        grammar="<event>LABEL, (S E)(S E)</event>, ... ; S < E whole seconds, E exclusive",
+        form=_AVE_FORM,
+        grammar=_AVE_GRAMMAR,
+        opens=("<event>",),
         metric="ave-segments",
         bars={"segment accuracy": Bar(at_least=60.0)},
+        published=(Published("AVE", "segment accuracy", 83.58),),
+    ),
+    Task(
+        name="unav",
+        family="temporal",
+        media=VIDEO_10,
+        requires=frozenset({"video", "audio"}),
+        instruction=_AVE_INSTRUCTION,
+        parse=_parse_ave,
+        render=_render_ave,
+        truth=_truth_unav,
+        form=_AVE_FORM,
+        grammar=_AVE_GRAMMAR,
+        opens=("<event>",),
+        metric="unav",
+        targets=("label_content",),
     ),
     Task(
         name="avvp",
@@ -153,11 +200,15 @@ TASKS = (
         parse=_parse_avvp,
         render=_render_avvp,
         truth=_truth_avvp,
-        grammar=(
+        form=(
             "<visual_event>LABEL,(S E)(S E)</visual_event><audio_event>LABEL,(S E)</audio_event>... ; "
             "S < E whole seconds, E exclusive"
         ),
+        grammar=_AVVP_GRAMMAR,
+        opens=("<visual_event>", "<audio_event>"),
         metric="llp",
         bars={"segment Type@AV": Bar(at_least=45.0)},
+        # Which of the segment-level columns it is isn't stated.
+        published=(Published("LLP", "not stated", 59.47, "Crab+ paper, segment level"),),
     ),
 )

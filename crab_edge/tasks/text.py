@@ -27,6 +27,13 @@ _BOX = re.compile(
     rf"(?:[)\]] ?,? ?[(\[]|,) ?({_DIGITS}) ?, ?({_DIGITS}) ?[)\]]",
     re.ASCII,
 )
+# A pair of corners in <obj>, four numbers in one bracket (a box), or two (a point).
+_SPOT = re.compile(
+    rf"< ?obj ?> ?\( ?({_DIGITS}) ?, ?({_DIGITS}) ?\) ?,? ?\( ?({_DIGITS}) ?, ?({_DIGITS}) ?\)|"
+    rf"[(\[] ?({_DIGITS}) ?, ?({_DIGITS})(?: ?, ?({_DIGITS}) ?, ?({_DIGITS}))? ?[)\]]",
+    re.IGNORECASE | re.ASCII,
+)
+EDGES = " .,;:!?\"'`"
 
 
 def clean(text: str) -> str:
@@ -102,6 +109,16 @@ def boxes(text: str) -> tuple[list[Found], str]:
     return _found(_BOX, text)
 
 
+def spots(text: str) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+    """(boxes, points): `[x1,y1,x2,y2]` or `<obj>(x1,y1)(x2,y2)</obj>`, and `[x,y]`, each in order."""
+    boxes: list[tuple[float, ...]] = []
+    points: list[tuple[float, ...]] = []
+    for match in _SPOT.finditer(text):
+        values = tuple(number(value) for value in match.groups() if value is not None)
+        (boxes if len(values) == 4 else points).append(values)
+    return boxes, points
+
+
 def clip_range(values: Sequence[float], context: MediaContext) -> tuple[float, float] | Unparsed:
     """Window seconds -> clip seconds, cut at the end of window and clip; nonsense gives the reason."""
     start, end = values
@@ -126,6 +143,14 @@ def frame_box(values: Sequence[float], context: MediaContext) -> tuple[float, fl
         return Unparsed(f"the box {said} is {'reversed' if x2 < x1 or y2 < y1 else 'empty'}")
     across, down = context.width / FRAME_SIDE, context.height / FRAME_SIDE
     return x1 * across, y1 * down, x2 * across, y2 * down
+
+
+def frame_point(values: Sequence[float], context: MediaContext) -> tuple[float, float] | Unparsed:
+    """A point in the model's frame (pixels 0..223) -> the original frame; nonsense gives the reason."""
+    x, y = values
+    if min(values) < 0 or max(values) >= FRAME_SIDE:
+        return Unparsed(f"the point ({x:g},{y:g}) leaves the {FRAME_SIDE}x{FRAME_SIDE} frame")
+    return x * context.width / FRAME_SIDE, y * context.height / FRAME_SIDE
 
 
 def whole_range(low: float, high: float) -> tuple[int, int]:

@@ -103,9 +103,9 @@ class AvuieScenes:
 def _open(entries: list[_Entry], index: int) -> AvuieScene:
     entry = entries[index % len(entries)]
     task, recipe = entry.task, entry.task.media
-    frames, image, wave, duration = _media(entry.media, recipe.frames)
-    if wave is not None:
-        wave = recipe.slice_audio(wave, entry.record.get("frame_idx", 0) if "unit" in recipe.audio else None)
+    frames, image, waves, duration = _media(entry.media, recipe.frames)
+    part = avuie.frame_index(entry.record, recipe)
+    wave = np.concatenate([recipe.slice_audio(heard, part) for heard in waves]) if waves else None
     question = task.question(entry.record) if task.needs_question else None
     lead = recipe.lead(frames is not None or image is not None, wave is not None)
     sample = AvuieSample(
@@ -117,14 +117,13 @@ def _open(entries: list[_Entry], index: int) -> AvuieScene:
 @lru_cache(maxsize=8)
 def _media(
     media: tuple[tuple[Path, str], ...], count: int
-) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, float]:
-    paths = list(dict.fromkeys(path for path, _ in media))
-    with Clip.open(paths, max_minutes=None) as clip:
-        frames = clip.videos[0].frames(count) if clip.videos else None
+) -> tuple[np.ndarray | None, np.ndarray | None, list[np.ndarray], float]:
+    # Only the named kind of each file: a video's own sound isn't the list's audio file.
+    with Clip.open(media, max_minutes=None) as clip:
+        # Two videos are shown as one, two sounds heard as one (Crab+ reference).
+        frames = np.concatenate([video.frames(count) for video in clip.videos]) if clip.videos else None
         image = clip.images[0].pixels() if clip.images else None
-        # A video's own sound track comes first; the list's audio file is the one the task means.
-        wave = clip.audios[-1].waveform() if clip.audios else None
-        return frames, image, wave, clip.duration_s
+        return frames, image, [audio.waveform() for audio in clip.audios], clip.duration_s
 
 
 def open_avuie(recipe: DataRecipe) -> Sources:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from crab_edge.features import FeatureConfig, audio_chunks, log_mel, patches
 from crab_edge.prompt import MediaItem, PromptBuilder
+from crab_edge.tasks.recipes import TWO_VIDEOS
 from crab_edge.training.heads import cell_targets
 from crab_edge.training.packing import collate, pack
 
@@ -216,7 +217,8 @@ def language_batch(
     packed, parts = [], []
     for scene, lead, samples in scenes:
         items = []
-        for made in (_visual(scene, lead, cfg, vocabulary), _audio(scene, lead, cfg, vocabulary)):
+        media = [_visual(scene, lead, cfg, vocabulary), _audio(scene, lead, cfg, vocabulary)]
+        for made in reversed(media) if lead == TWO_VIDEOS.lead(True, True) else media:
             if made is not None:
                 items.append(made[0])
                 parts.append(made[1])

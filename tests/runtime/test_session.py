@@ -119,10 +119,8 @@ def test_another_clip_takes_the_cache_and_gives_it_back(opened, clips):
 def test_without_a_question_all_applicable_tasks_run(opened):
     session, _ = opened(AVE, "av")
     answers = session.ask()
-    assert [answer.task for answer in answers] == [
-        t.name for t in session.applicable() if not t.needs_question
-    ]
     assert {"ave", "avvp", "avcap"} <= {answer.task for answer in answers}
+    assert {answer.task for answer in answers} < {task.name for task in session.applicable()}
 
 
 def test_missing_streams_change_the_lead(opened, bundle):
@@ -170,7 +168,7 @@ def test_two_sounds_for_one_place_are_not_guessed(opened):
     session, _ = opened("", "av", "sound")
     with pytest.raises(TaskError, match=r"1 audio stream, but 2 .*av\.mp4, sound\.wav.*--audio"):
         session.ask(task="avcap")
-    assert session.applicable() == []
+    assert [task.name for task in session.applicable()] == ["v2a"], "the video's own sound against the other"
 
 
 def test_forced_kinds_choose_the_sound(bundle, clips):

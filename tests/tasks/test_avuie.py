@@ -6,7 +6,7 @@ import pytest
 
 from crab_edge import avuie, tasks
 from crab_edge.errors import InputError
-from crab_edge.results import Box, Choice, Event
+from crab_edge.results import Box, Choice, Event, MaskFile
 
 
 def write(folder, name, records, files=()):
@@ -80,7 +80,7 @@ def test_avqa_question_and_answer(tmp_path):
 
 
 def test_two_videos_and_two_audios(tmp_path):
-    recipe = tasks.MediaRecipe("a2v", videos=2, audios=1)
+    recipe = tasks.get("a2v").media
     record = {"video1_path": "1.mp4", "video2_path": "2.mp4", "audio_path": "a.wav"}
     found = list(avuie.media_paths(record, recipe, tmp_path))
     assert [(path.name, kind) for path, kind in found] == [
@@ -90,6 +90,136 @@ def test_two_videos_and_two_audios(tmp_path):
     ]
     with pytest.raises(InputError, match="lacks the field video1_path"):
         list(avuie.media_paths({"audio_path": "a.wav"}, recipe, tmp_path))
+
+
+PAIR = {"audio_event": "dog", "label": "I hear a dog. <answer>two</answer>"}
+AV = {"video_path": "c/a.avi", "audio_path": "c/a.wav"}
+SEEN = {"audio_path": "media/x/audio.wav", "vid": "x", "uid": "x_0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "truth", "target"),
+    [
+        (
+            "a2v",
+            {
+                "video1_path": "1.mp4",
+                "video2_path": "2.mp4",
+                "audio_path": "a.mp3",
+                "correct_video": 2,
+                **PAIR,
+            },
+            Choice("2"),
+            PAIR["label"],
+        ),
+        (
+            "v2a",
+            {
+                "video_path": "1.mp4",
+                "audio1_path": "1.mp3",
+                "audio2_path": "2.mp3",
+                "correct_audio": "1",
+                **PAIR,
+            },
+            Choice("1"),
+            PAIR["label"],
+        ),
+        ("ks", {**AV, "action": "Playing drums", "label": "prose"}, Choice("playing drums"), "prose"),
+        ("ucf", {**AV, "label": "ApplyEyeMakeup", "new_label": "prose"}, Choice("applyeyemakeup"), "prose"),
+        ("meld", {**AV, "Emotion": "joy", "label": "prose"}, Choice("joy"), "prose"),
+        ("mer24", {**AV, "discrete": "worried", "label": "prose"}, Choice("worried"), "prose"),
+        ("dfew", {**AV, "emotion": "sad", "label": "prose"}, Choice("sad"), "prose"),
+        (
+            "unav",
+            {**AV, "vid": "a", "original_label": [1], "label_content": "<event>dog, (0 3)</event>"},
+            Event("dog", 0, 3, "audio-visual"),
+            "<event>dog, (0 3)</event>",
+        ),
+    ],
+)
+def test_records_of_the_other_tasks(tmp_path, name, record, truth, target):
+    task = tasks.get(name)
+    files = [f"video/{record[f]}" for f in record if f.startswith("video") and f.endswith("path")]
+    files += [f"audio/{record[f]}" for f in record if f.startswith("audio") and f.endswith("path")]
+    path = write(tmp_path / name, "test", [record], files)
+    [found] = avuie.read_split(path, task).records
+    assert found.truth == (truth,) and not found.missing and len(found.media) == len(files)
+    assert found.frame is None and avuie.target(record, task) == target
+
+
+def test_avqa_thu_puts_its_options_into_the_question(tmp_path):
+    record = {
+        "id": 1,
+        "video_name": "-HG3_000030",
+        "video_id": 341,
+        "question_text": "What is it?",
+        "multi_choice": ["Bus", "3 dogs", "0", "Rain."],
+        "answer": 3,
+    }
+    files = ["video/-HG3_000030.mp4", "audio/-HG3_000030.wav"]
+    task = tasks.get("avqa_thu")
+    for answer, truth in ((3, "rain"), ("1", "3 dogs"), ("0", "0"), ("Bus", "bus")):
+        path = write(tmp_path / "avqa_thu", "test", [{**record, "answer": answer}], files)
+        [found] = avuie.read_split(path, task).records
+        assert found.truth == (Choice(truth),) and not found.missing
+    assert task.prompt(found.question) == (
+        "Please answer the question based on the options: "
+        "What is it?, options:['Bus', '3 dogs', '0', 'Rain.']"
+    )
+    path = write(tmp_path / "avqa_thu", "test", [{**record, "answer": 4}], files)
+    with pytest.raises(InputError, match="the answer 4 isn't one of the 4 options"):
+        avuie.read_split(path, task)
+
+
+def test_masks_lie_where_the_official_evaluation_looks(tmp_path):
+    record = {"visual_path": "v1s/x/frames/3.jpg", "audio_path": "v1s/x/audio.wav", "a_obj": "dog"}
+    files = ["v1s/x/frames/3.jpg", "v1s/x/audio.wav", "v1s/x/labels_rgb/3.png"]
+    path = write(tmp_path / "ms3", "test", [{**record, "frame_idx": 3}], files)
+    [found] = avuie.read_split(path, tasks.get("ms3")).records
+    assert found.truth == (MaskFile("dog", tmp_path / "ms3/v1s/x/labels_rgb/3.png"),)
+    assert found.frame == 3 and not found.missing and len(found.files) == 3
+    own = {**record, "visual_path": "a.png", "mask_path": "m/a.png"}
+    path = write(tmp_path / "s4", "test", [own], ["a.png", "v1s/x/audio.wav"])
+    split = avuie.read_split(path, tasks.get("s4"))
+    assert split.records[0].frame == 0 and split.records[0].missing == [tmp_path / "s4/m/a.png"]
+    with pytest.raises(InputError, match=r"1 of 3 media files are missing, the first is .*m/a\.png"):
+        avuie.check_media([split])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"frame_idx": 5}, "frame 5 of 5 parts of the sound; expected 0 to 4"),
+        ({"visual_path": "a.png"}, "lacks the field mask_path"),
+        ({"visual_path": "../frames/a.png"}, "leaves the folder"),
+    ],
+)
+def test_bad_segmentation_records(tmp_path, fields, message):
+    record = {"visual_path": "frames/0.jpg", "audio_path": "a.wav", "a_obj": "dog", **fields}
+    with pytest.raises(InputError, match=message):
+        avuie.read_split(write(tmp_path / "s4", "test", [record]), tasks.get("s4"))
+
+
+def test_ref_avs_in_its_test_and_train_form(tmp_path):
+    test = {**SEEN, "visual_path": "media/x/frames/7.jpg", "object": "The Guitar", "fid": 2, "frame_idx": 7}
+    files = ["media/x/frames/7.jpg", "media/x/audio.wav", "gt_mask/x/fid_2/00007.png"]
+    records = [{**test, "split": "test_s"}, {**test, "split": "test_n", "fid": 9}]
+    task = tasks.get("ref_avs")
+    split = avuie.read_split(write(tmp_path / "ref_avs", "test", records, files), task)
+    seen, absent = split.records
+    mask = MaskFile("The Guitar", tmp_path / "ref_avs/gt_mask/x/fid_2/00007.png")
+    assert seen.truth == (Choice("true"), mask) and seen.frame == 7 and not seen.missing
+    assert absent.truth == (Choice("false"),) and not absent.missing
+    assert "<des>the guitar</des>" in task.prompt(seen.question)
+    train = {
+        **SEEN,
+        "image_path": "media/x/frames/7.jpg",
+        "description": "The Guitar",
+        "idx": 7,
+        "output": "o",
+    }
+    assert avuie.target(train, task) == "o" and avuie.frame_index(train, task.media) == 7
+    assert [kind for _, kind in avuie.media_paths(train, task.media, tmp_path)] == ["image", "audio"]
 
 
 def test_lists_in_order(tmp_path):

@@ -1,11 +1,8 @@
-"""Every form of answer that the reference lists, nonsense, and properties of any text whatever."""
+"""Every form of answer that the reference lists, and nonsense: events, boxes, questions, captions."""
 
-import time
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
 from crab_edge import tasks
 from crab_edge.results import Box, Caption, Choice, Event, Unparsed
@@ -73,6 +70,11 @@ def test_ave_forms(text, events):
 )
 def test_ave_nonsense_keeps_its_reason(text, reason):
     assert parse("ave", text) == (Unparsed(reason),)
+
+
+def test_unav_reads_as_ave_does():
+    text = "Therefore, the events and time range are <event>people eating, (0 3)(7 10)</event>"
+    assert parse("unav", text) == parse("ave", text) and len(parse("unav", text)) == 2
 
 
 def test_a_bad_event_doesnt_spoil_the_others():
@@ -181,6 +183,8 @@ def test_arig_with_two_objects():
         ("<answer>no</answer> wait, <answer>yes</answer>", "yes"),
         ("so <answer>two", "two"),
         ("<answer>yes</answer><answer></answer>", "yes"),
+        ("<answer>Yes, there is one.</answer>", "yes"),
+        ("<answer>no; none</answer>", "no"),
     ],
 )
 def test_avqa_forms(text, value):
@@ -221,78 +225,3 @@ def test_rendering_gives_the_official_text():
 def test_rendering_never_makes_an_empty_range():
     text = tasks.get("ave").render([both("dog", 2.6, 2.9), both("cat", 3.0, 3.0)])
     assert "<event>dog, (2 3)</event>, <event>cat, (3 4)</event>" in text
-
-
-# Pieces that answers are made of, so that random texts get past the first character.
-PIECES = st.sampled_from(
-    "<event> </event> <range> </range> <visual_event> </visual_event> <audio_event> <audio> <visual> "
-    "</audio> <obj> </obj> <answer> </answer> ( ) [ ] , . - 0 3 7 10 224 1000 2.5 two seconds to and a dog "
-    "</s> </S> (2 7) (3,4) 0,8 [1,2,30,40] (1,2)(3,4) [12.6,3,13.2,4] </ < > <|im_end|> İ K ſ".split()
-) | st.sampled_from(["The sounding object is ", ". Its coordinates are ", " ", "  ", "\n", "\t", " is "])
-TEXTS = st.lists(PIECES | st.text(max_size=3), max_size=40).map("".join) | st.text()
-CONTEXTS = st.builds(
-    MediaContext,
-    width=st.integers(1, 5000),
-    height=st.integers(1, 5000),
-    duration_s=st.floats(0.1, 400),
-    window=st.none() | st.floats(0, 300).map(lambda start: Span(float(start), start + 10.0)),
-)
-
-
-@pytest.mark.parametrize("name", tasks.names())
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
-@given(text=TEXTS, context=CONTEXTS)
-@example(text="<event>dog, (7.55 9)</event>", context=MediaContext(duration_s=7.6))
-@example(text="<event>dog(1          2) (3 4)</event>", context=MediaContext())
-@example(text="<answer></S>K</answer>", context=MediaContext())
-@example(text="The sounding object is x [12.6,3,13.2,4]", context=MediaContext(width=3))
-@example(text="The sounding object is x [1,2,3,4] The sounding object is [1,2,3,4]", context=MediaContext())
-def test_any_text_is_read_and_renders_stably(name, text, context):
-    task = tasks.get(name)
-    results = task.parse(text, context)
-    assert isinstance(results, tuple) and results
-    rendered = task.render(results, context)
-    again = task.parse(rendered, context)
-    assert task.render(again, context) == rendered
-    for result in results:
-        if isinstance(result, Event):
-            assert result.label and 0 <= result.start_s < result.end_s <= context.end_s
-        if isinstance(result, Box):
-            assert 0 <= result.x1 < result.x2 <= context.width * (1 + 1e-9)
-            assert 0 <= result.y1 < result.y2 <= context.height * (1 + 1e-9)
-        if isinstance(result, Unparsed):
-            assert len(result.reason) < 250
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(["dog", SPEECH, "Frying (food)", "St. Bernard"]),
-            st.integers(0, 8),
-            st.integers(1, 9),
-        )
-    )
-)
-def test_what_is_rendered_is_read_back(parts):
-    events = [both(label, float(start), float(min(10, start + length))) for label, start, length in parts]
-    task = tasks.get("ave")
-    read = [event for event in task.parse(task.render(events), MediaContext()) if isinstance(event, Event)]
-    assert sorted(read, key=repr) == sorted(events, key=repr)
-
-
-HOSTILE = (
-    "(", "((", "<event>", "<event>a,(1 2)", "(1 ", "[1,2,", "1,", "12345678901234567890", " ", "</event",
-    "<", "a ", "The sounding object is ", "<range>1", "<answer>", "is object making the sound in the ",
-    "(1,2)", "two ", "-",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", tasks.names())
-@pytest.mark.parametrize("piece", HOSTILE)
-def test_long_texts_take_linear_time(name, piece):
-    text = (piece * (400_000 // len(piece) + 1))[:400_000]
-    started = time.process_time()
-    tasks.get(name).parse(text, MediaContext())
-    # Linear time is a fraction of a second; quadratic time would be minutes.
-    assert time.process_time() - started < 10
