@@ -1,4 +1,4 @@
-"""Builds the second pack from its tables (`actions.toml`, `emotions.toml`): decodes, draws, holds out, writes."""
+"""Builds the second pack from `actions.toml` and `emotions.toml`: decodes, draws, holds out, writes."""
 
 from __future__ import annotations
 

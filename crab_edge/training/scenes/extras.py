@@ -1,7 +1,7 @@
 """The second pack: acted voices, faces, figures in poses and the sounds of actions.
 
-It lies beside the first one (`<cache>/extra`), with its own format, index and manifest; scenes of the tasks that
-the first pack serves never open it.
+It lies beside the first one (`<cache>/extra`), with its own format, index and manifest; scenes of the tasks
+that the first pack serves never open it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Action:
-    """What people do: its label in two styles ("" where it has none), how it moves, who shows it, its sounds."""
+    """What people do: its label in two styles ("" = none), how it moves, who shows it, what is heard."""
 
     name: str
     ks: str

@@ -1,8 +1,8 @@
 """Faces: the parts of the Open Peeps drawings put together, as pictures of 224 x 224 pixels.
 
-The package keeps every part as a line `name: (components, colors) => `<svg>`` with slots for colours. A person
-is drawn in three layers, so that one person can show every expression: body and head, the expression, and what
-lies over the face (beard, glasses).
+The package keeps every part as a line `name: (components, colors) => `<svg>`` with slots for colours. A
+person is drawn in three layers, so that one person can show every expression: body and head, the expression,
+and what lies over the face (beard, glasses).
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def _open(package: NpmPackage, archives: Path, unpacked: Path) -> Source:
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise DependencyError(
-            f"{archive}: sha256 {digest[:12]}..., expected {package.sha256[:12]}...; delete it and fetch again"
+            f"{archive}: sha256 {digest[:12]}..., expected {package.sha256[:12]}...; delete it, fetch again"
         )
     home, done = unpacked / archive.stem, unpacked / f"{archive.stem}.done"
     if not (done.is_file() and done.read_text().strip() == digest):

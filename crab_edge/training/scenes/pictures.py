@@ -26,7 +26,7 @@ def load_cutout(path: Path, side: int = SIDE, opaque: bool = False) -> np.ndarra
 
 
 def load_poses(paths: list[Path], side: int = SIDE) -> list[np.ndarray] | None:
-    """The pictures of one figure at one scale, the largest side of all at most `side`; None if one can't be used."""
+    """The pictures of one figure at one scale, no side above `side`; None if one of them can't be used."""
     images = []
     for path in paths:
         cutout = load_cutout(path, side=4 * side)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from crab_edge.errors import DependencyError, InputError, MediaError
 from crab_edge.training.scenes import Catalogue, packages, pictures, sounds
-from crab_edge.training.scenes.pack import hold_out, Item, _pose_group
+from crab_edge.training.scenes.pack import Item, _pose_group, hold_out
 from crab_edge.training.scenes.soundfont import SoundFont
 
 RATE = 16000

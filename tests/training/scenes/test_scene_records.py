@@ -82,8 +82,8 @@ def test_the_mix(folder: Path) -> None:
 
 
 def test_refusals(catalogue: Catalogue, tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="meld"):
-        write_avuie(SceneSource(catalogue, "test"), tmp_path, "meld", "test", 1)
+    with pytest.raises(TaskError, match="nonesuch"):
+        write_avuie(SceneSource(catalogue, "test"), tmp_path, "nonesuch", "test", 1)
     with pytest.raises(TaskError, match="train"):
         write_avuie(SceneSource(catalogue, "train"), tmp_path, "ave", "test", 1)
     with pytest.raises(InputError, match="scenes render"):
