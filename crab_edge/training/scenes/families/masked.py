@@ -150,7 +150,7 @@ def ref_avs(kit: Kit, random: np.random.Generator, index: int) -> TaskScene:
         used.add(asset.key)
     at = next((n for n, thing in enumerate(placed) if thing.info.label == target.label), 0)
     if absent:
-        text = _absent(kit, placed, sounding, at, random)
+        text = _absent(known, placed, sounding, at, random)
     else:
         text = _present(placed, sounding, at, random)
     results: list[Choice | Box | Points] = [Choice("false")]
@@ -204,13 +204,16 @@ def _present(placed: list[Thing], sounding: set[int], at: int, random: np.random
     return str(pick(said, random))
 
 
-def _absent(kit: Kit, placed: list[Thing], sounding: set[int], at: int, random: np.random.Generator) -> str:
+def _absent(
+    known: list[ClassInfo], placed: list[Thing], sounding: set[int], at: int, random: np.random.Generator
+) -> str:
     """An expression that nothing in the picture meets."""
     label, side = placed[at].info.label, _NAMES[len(placed)][at]
     shown = {thing.info.label for thing in placed}
     group = placed[at].info.group
-    near = [c for c in kit.planner.both if c.label not in shown and c.group == group]
-    other: ClassInfo = pick(near or [c for c in kit.planner.both if c.label not in shown], random)
+    away = [c for c in known if c.label not in shown]
+    near = [c for c in away if c.group == group]
+    other: ClassInfo = pick(near or away, random)
     said = [f"the {other.label}", f"the {other.label} making a sound"]
     if at in sounding:
         said.append(f"the silent {label}")
