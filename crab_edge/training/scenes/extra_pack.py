@@ -47,8 +47,8 @@ def build(cache: Path, progress: Callable[[str], None]) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     if _is_current(cache, stamp):
         return
-    with (cache / "extra.lock").open("w") as lock:
-        # Several processes may want the same pack: one builds, the others wait and find it.
+    with (cache / "lock").open("w") as lock:
+        # The first pack's lock: both builds unpack the same packages.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_current(cache, stamp):
             tables = {name: tomllib.loads(text) for name, text in texts.items()}
