@@ -26,27 +26,38 @@ def _catalogue(cache: Path | None) -> Any:
         return fetch(cache, progress=lambda what: status.update(f"scenes: {what}"))
 
 
+def _extras(cache: Path | None) -> Any:
+    from rich.console import Console
+
+    from crab_edge.training.scenes import fetch_extras
+
+    with Console(stderr=True).status("voices, faces, figures") as status:
+        return fetch_extras(cache, progress=lambda what: status.update(f"voices, faces, figures: {what}"))
+
+
 @app.command()
 def fetch(
     cache: CacheOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Download the Debian packages (about 400 MB) that aren't there yet and build the catalogue."""
+    """Download the packages (about 550 MB) that aren't there yet and build both packs."""
     catalogue = _catalogue(cache)
-    summary = catalogue.summary()
+    extras = _extras(cache)
+    summary = catalogue.summary() | extras.summary()
     if as_json:
         typer.echo(json.dumps(summary))
         return
     for name, value in summary.items():
         shown = ", ".join(f"{n} {k}" for k, n in value.items()) if isinstance(value, dict) else value
         typer.echo(f"{name.replace('_', ' ')}: {shown}")
-    typer.echo(f"manifest: {catalogue.path / 'manifest.json'}")
+    for pack in (catalogue, extras):
+        typer.echo(f"manifest: {pack.path / 'manifest.json'}")
 
 
 @app.command()
 def render(
     out: Annotated[Path, typer.Option(help="Folder of the task folders.")] = Path("AVUIE_2"),
-    task: Annotated[list[str] | None, typer.Option(help="A task, or several; all five by default.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task, or several; all by default.")] = None,
     split: Annotated[str, typer.Option(help="train or test.")] = "test",
     sounds: Annotated[
         str, typer.Option(help="Of test scenes: known or unseen recordings, or both lists.")
@@ -59,17 +70,19 @@ def render(
     from rich.progress import Progress
 
     from crab_edge.training.scenes import SceneSource
-    from crab_edge.training.scenes.avuie import TASKS, write_avuie
+    from crab_edge.training.scenes.avuie import task_names, write_avuie
+    from crab_edge.training.scenes.families import needing_extras
 
     if split not in ("train", "test") or sounds not in ("known", "unseen", "both"):
         raise InputError(
             f"--split is train or test and --sounds known, unseen or both; got {split} and {sounds}"
         )
-    names = [n.strip() for part in task or TASKS for n in part.split(",") if n.strip()]
-    unknown = [n for n in names if n not in TASKS]
+    names = [n.strip() for part in task or task_names() for n in part.split(",") if n.strip()]
+    unknown = [n for n in names if n not in task_names()]
     if unknown:
-        raise InputError(f"scenes have no task {unknown[0]!r}; they have {', '.join(TASKS)}")
+        raise InputError(f"scenes have no task {unknown[0]!r}; they have {', '.join(task_names())}")
     catalogue = _catalogue(cache)
+    extras = _extras(cache) if needing_extras() & set(names) else None
     kinds = ["known"] if split == "train" else ["known", "unseen"] if sounds == "both" else [sounds]
     from rich.console import Console
 
@@ -82,7 +95,7 @@ def render(
                 def show(done: int, row: Any = row) -> None:
                     bar.update(row, completed=done)
 
-                write_avuie(source, out, name, split, count, progress=show)
+                write_avuie(source, out, name, split, count, extras=extras, progress=show)
     typer.echo(f"wrote {', '.join(names)} to {out}; measure with `crab-edge evaluate --data {out}`")
 
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import wave as wave_file
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
-from PIL import Image
-
 from crab_edge.errors import TaskError
-from crab_edge.training.scenes.sounds import RATE
+from crab_edge.training.scenes.extras import Extras
+from crab_edge.training.scenes.media import write_mp4, write_wav
+from crab_edge.training.scenes.records import write_task
 from crab_edge.training.scenes.source import FPS, RenderedScene, SceneSource
+from crab_edge.training.scenes.staged import TaskScenes
 from crab_edge.training.scenes.truth import Sample
 
 TASKS = ("ave", "avvp", "arig", "avqa", "avcap")
 QUESTIONS_PER_SCENE = 3
 _NAME_FIELD = {"ave": "vid", "avvp": "vid", "avqa": "video_id", "avcap": "video_id"}
+
+
+def task_names() -> tuple[str, ...]:
+    """Every task that has scenes, and "avqa-music": avqa's records about ensembles, in lists of their own."""
+    return (*TASKS, *TaskScenes.tasks())
 
 
 def write_avuie(
@@ -31,19 +33,22 @@ def write_avuie(
     split: str,
     count: int,
     *,
+    extras: Extras | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Writes `count` scenes of one task and returns the list file.
+    """Writes `count` scenes of one task (a name of `task_names`) and returns the list file.
 
     split: "train" or "test"; scenes with unseen recordings go to `test_unseen.json`. A clip is an mp4 (H.264
     and AAC at 8 frames a second) and a wav, a still a png and a wav; tasks that show the same scene share its
     files as hard links. avqa has up to three questions a scene. Records carry the extra field `scene` for
-    `describe_mix`.
+    `describe_mix`. `extras` is needed by actions and emotions.
     """
-    if task not in TASKS:
-        raise TaskError(f"scenes have no task {task!r}; they have {', '.join(TASKS)}")
+    if task not in task_names():
+        raise TaskError(f"scenes have no task {task!r}; they have {', '.join(task_names())}")
     if split != source.split:
         raise TaskError(f"a source of {source.split} scenes can't write the {split} list")
+    if task not in TASKS:
+        return write_task(TaskScenes(source, extras), out_dir, task, split, count, progress=progress)
     out = Path(out_dir)
     folder = out / task
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,54 +163,3 @@ def _linked(out: Path, task: str, relative: str) -> bool:
                 return False
             return True
     return False
-
-
-def write_wav(path: Path, wave: np.ndarray, rate: int = RATE) -> None:
-    """Mono 16-bit PCM."""
-    with wave_file.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes())
-
-
-def write_mp4(
-    path: Path,
-    images: list[Image.Image],
-    fps: int,
-    wave: np.ndarray | None,
-    *,
-    crf: int = 23,
-    audio_rate: int = 48000,
-    bit_rate: int = 96_000,
-) -> None:
-    """H.264 (4:2:0) and, with a wave (float32 mono 16 kHz), AAC. The same input gives the same streams."""
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        video = container.add_stream(
-            "libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast", "threads": "1"}
-        )
-        video.width, video.height = images[0].size
-        video.pix_fmt = "yuv420p"
-        video.time_base = Fraction(1, fps)
-        audio = container.add_stream("aac", rate=audio_rate, layout="mono") if wave is not None else None
-        if audio is not None:
-            audio.bit_rate = bit_rate
-        for number, image in enumerate(images):
-            frame = av.VideoFrame.from_image(image)
-            frame.pts = number
-            frame.time_base = Fraction(1, fps)
-            container.mux(video.encode(frame))
-        container.mux(video.encode(None))
-        if audio is not None and wave is not None:
-            import soxr
-
-            samples = soxr.resample(wave, RATE, audio_rate).astype(np.float32)
-            for start in range(0, samples.size, 1024):
-                frame = av.AudioFrame.from_ndarray(
-                    samples[None, start : start + 1024], format="fltp", layout="mono"
-                )
-                frame.sample_rate = audio_rate
-                frame.pts = start
-                frame.time_base = Fraction(1, audio_rate)
-                container.mux(audio.encode(frame))
-            container.mux(audio.encode(None))

@@ -39,7 +39,7 @@ def mix_lines(records: Iterable[Mapping[str, Any]]) -> list[str]:
     scenes = list(
         {
             json.dumps(
-                [r.get("video_path"), r.get("visual_path"), r.get("image_path"), r.get("audio_path")]
+                [value for name, value in r.items() if name.endswith("_path") and name != "mask_path"]
             ): r["scene"]
             for r in records
         }.values()
@@ -60,6 +60,8 @@ def mix_lines(records: Iterable[Mapping[str, Any]]) -> list[str]:
     if sizes:
         lines.append(f"sizes {_spread(sizes)} % of the frame's side")
     lines.append(f"seconds {_spread(seconds)}; classes in view {len(seen)}, heard {len(heard)}")
+    for note in dict.fromkeys(scene["note"] for scene in scenes if scene.get("note")):
+        lines.append(f"note: {note}")
     return lines
 
 

@@ -27,7 +27,7 @@ def mix(events: list[SoundEvent], duration_s: float, random: np.random.Generator
     for event in events:
         wave = event.asset.wave()
         if train:
-            wave = _vary(wave, random)
+            wave = vary(wave, random)
         start, end = int(event.start_s * RATE), min(int(event.end_s * RATE), out.size)
         out[start:end] += fill(wave, end - start, random) * np.float32(10 ** (event.gain_db / 20))
     if random.random() < 0.6:
@@ -36,7 +36,7 @@ def mix(events: list[SoundEvent], duration_s: float, random: np.random.Generator
     return out * np.float32(0.98 / peak) if peak > 0.98 else out
 
 
-def _vary(wave: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def vary(wave: np.ndarray, random: np.random.Generator) -> np.ndarray:
     if random.random() < 0.6:
         speed = float(random.uniform(0.87, 1.15))
         at = np.arange(int(wave.size / speed), dtype=np.float32) * np.float32(speed)

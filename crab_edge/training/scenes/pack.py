@@ -33,21 +33,21 @@ OPENSFX_LICENCE = re.compile(r"License: (.+?)\.?$")
 
 
 @dataclass
-class _Item:
+class Item:
     key: str
     data: np.ndarray
     group: str
     test: bool = False
 
 
-class _Writer:
+class Writer:
     """Appends arrays to one raw file and remembers where they lie."""
 
     def __init__(self, path: Path, kind: str) -> None:
         self._file = path.open("wb")
         self._kind, self._at = kind, 0
 
-    def add(self, item: _Item) -> dict:
+    def add(self, item: Item) -> dict:
         row = {
             "key": item.key,
             "kind": self._kind,
@@ -89,11 +89,11 @@ def _build(cache: Path, table: dict, stamp: str, progress: Callable[[str], None]
     temporary = cache / f"pack.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    manifest = _Manifest(sources)
+    manifest = Manifest(sources)
     writers = {
-        "picture": _Writer(temporary / "pictures.u8", "picture"),
-        "background": _Writer(temporary / "backgrounds.u8", "background"),
-        "sound": _Writer(temporary / "sounds.i16", "sound"),
+        "picture": Writer(temporary / "pictures.u8", "picture"),
+        "background": Writer(temporary / "backgrounds.u8", "background"),
+        "sound": Writer(temporary / "sounds.i16", "sound"),
     }
     font = SoundFont(sources["f"].root / "FluidR3_GM.sf2")
     rows: dict[str, list[dict]] = {"classes": [], "silent": []}
@@ -127,7 +127,7 @@ def _build(cache: Path, table: dict, stamp: str, progress: Callable[[str], None]
     os.rename(temporary, cache / "pack")
 
 
-class _Manifest:
+class Manifest:
     """One row for every file used."""
 
     def __init__(self, sources: dict[str, Source]) -> None:
@@ -162,7 +162,7 @@ def _article(label: str) -> str:
     return "an" if label[0] in "aeiou" else "a"
 
 
-def _resolve(
+def resolve(
     sources: dict[str, Source], patterns: Iterable[str], suffixes: tuple[str, ...]
 ) -> list[tuple[str, str]]:
     found: dict[tuple[str, str], None] = {}
@@ -175,11 +175,11 @@ def _resolve(
     return list(found)
 
 
-def _class_pictures(sources: dict[str, Source], label: str, entry: dict, manifest: _Manifest) -> list[_Item]:
-    items: list[_Item] = []
+def _class_pictures(sources: dict[str, Source], label: str, entry: dict, manifest: Manifest) -> list[Item]:
+    items: list[Item] = []
     files: list[tuple[str, str, np.ndarray | None, str]] = []
     stems: set[tuple[str, str]] = set()
-    for letter, name in _resolve(sources, entry["pictures"], PICTURE_SUFFIXES):
+    for letter, name in resolve(sources, entry["pictures"], PICTURE_SUFFIXES):
         # Several folders of one package hold the same drawing; stamps exist as png and svg.
         stem = (letter, os.path.splitext(os.path.basename(name))[0])
         if stem not in stems:
@@ -204,9 +204,9 @@ def _class_pictures(sources: dict[str, Source], label: str, entry: dict, manifes
         if distances and min(distances) < ALIKE:
             group = items[int(np.argmin(distances))].group
         looks.append(look)
-        items.append(_Item(f"{letter}:{name}", cutout, group))
+        items.append(Item(f"{letter}:{name}", cutout, group))
         manifest.use(letter, name.split("#")[0], f"picture of {label}")
-    _hold_out(items, label)
+    hold_out(items, label)
     return items
 
 
@@ -221,22 +221,22 @@ def _pose_group(letter: str, name: str) -> str:
 
 
 def _class_sounds(
-    sources: dict[str, Source], font: SoundFont, label: str, entry: dict, manifest: _Manifest
-) -> list[_Item]:
-    items: list[_Item] = []
+    sources: dict[str, Source], font: SoundFont, label: str, entry: dict, manifest: Manifest
+) -> list[Item]:
+    items: list[Item] = []
     digests: set[bytes] = set()
-    for letter, name in _resolve(sources, entry.get("sounds", ()), SOUND_SUFFIXES):
+    for letter, name in resolve(sources, entry.get("sounds", ()), SOUND_SUFFIXES):
         wave = sounds.clean(sounds.decode(sources[letter].root / name))
         if wave is None:
             continue
-        data = _to_int16(wave)
+        data = to_int16(wave)
         digest = hashlib.sha256(data.tobytes()).digest()
         if digest in digests:
             continue
         digests.add(digest)
-        items.append(_Item(f"{letter}:{name}", data, f"{letter}:{name}"))
+        items.append(Item(f"{letter}:{name}", data, f"{letter}:{name}"))
         manifest.use(letter, name, f"sound of {label}")
-    _hold_out(items, label)
+    hold_out(items, label)
     programs, percussion = entry.get("program", []), entry.get("percussion", [])
     if programs or percussion:
         manifest.use("f", "FluidR3_GM.sf2", f"sound of {label}")
@@ -250,15 +250,15 @@ def _class_sounds(
                     wave, name = melody(font, program, seed), f"f:program-{program}-{seed}"
                 cleaned = sounds.clean(wave)
                 if cleaned is not None:
-                    items.append(_Item(name, _to_int16(cleaned), name, test))
+                    items.append(Item(name, to_int16(cleaned), name, test))
     return items
 
 
-def _to_int16(wave: np.ndarray) -> np.ndarray:
+def to_int16(wave: np.ndarray) -> np.ndarray:
     return np.round(np.clip(wave, -1.0, 1.0) * 32767).astype(np.int16)
 
 
-def _hold_out(items: list[_Item], label: str) -> None:
+def hold_out(items: list[Item], label: str) -> None:
     """Marks a quarter of the groups, at least one of two or more and at most five, as held out."""
     groups = sorted(
         {i.group for i in items}, key=lambda g: hashlib.sha256(f"{label}|{g}".encode()).hexdigest()
@@ -270,7 +270,7 @@ def _hold_out(items: list[_Item], label: str) -> None:
         item.test = item.group in chosen
 
 
-def _backgrounds(source: Source, manifest: _Manifest) -> list[_Item]:
+def _backgrounds(source: Source, manifest: Manifest) -> list[Item]:
     items = []
     for name in source.files:
         if not name.startswith("Backgrounds/") or not name.endswith(".jpg"):
@@ -279,7 +279,7 @@ def _backgrounds(source: Source, manifest: _Manifest) -> list[_Item]:
         if photo is not None:
             # train-tracks1, train-tracks2: views of one place stay on one side.
             group = "s:" + re.sub(r"(\d|-[ab])*$", "", os.path.splitext(name)[0])
-            items.append(_Item(f"s:{name}", photo, group))
+            items.append(Item(f"s:{name}", photo, group))
             manifest.use("s", name, "background")
     groups = sorted({i.group for i in items}, key=lambda g: hashlib.sha256(g.encode()).hexdigest())
     held_out = set(groups[: len(groups) // 4])

@@ -65,6 +65,10 @@ PACKAGES = (
     Package("ruby-gemojione", "m", "usr/share/rubygems-integration/all/gems", "CC-BY-SA-4.0"),
     Package("fluid-soundfont-gm", "f", "usr/share/sounds/sf2", "MIT"),
 )
+# What only the second pack needs (`extra_pack.py`).
+EXTRA_PACKAGES = (
+    Package("hedgewars-data", "h", "usr/share/games/hedgewars/Data/Sounds", "GFDL-1.3", ("Droplet",)),
+)
 # The resource bundles of gcompris that hold pictures or sounds of single things.
 RCC_BUNDLES = (
     "instruments",
@@ -98,7 +102,7 @@ class Source:
         return found
 
 
-def fetch_packages(cache_dir: Path) -> dict[str, Source]:
+def fetch_packages(cache_dir: Path, packages: tuple[Package, ...] = PACKAGES) -> dict[str, Source]:
     """Downloads what is missing, unpacks what is not unpacked, returns the sources by letter.
 
     Raises DependencyError when apt-get or dpkg-deb is missing or a download fails.
@@ -106,11 +110,11 @@ def fetch_packages(cache_dir: Path) -> dict[str, Source]:
     debs, unpacked = cache_dir / "debs", cache_dir / "unpacked"
     debs.mkdir(parents=True, exist_ok=True)
     unpacked.mkdir(parents=True, exist_ok=True)
-    missing = [p.name for p in PACKAGES if _deb_of(debs, p) is None]
+    missing = [p.name for p in packages if _deb_of(debs, p) is None]
     if missing:
         _download(debs, missing)
     sources = {}
-    for package in PACKAGES:
+    for package in packages:
         deb = _deb_of(debs, package)
         if deb is None:
             raise DependencyError(
@@ -179,6 +183,8 @@ def _credits(source: str, root: Path, files: list[str]) -> dict[str, str]:
         makers = {name.replace("_", ""): f"{maker} ({page})" for name, page, maker in listed}
         stems = {file: Path(file).stem.replace("_", "") for file in files}
         return {file: makers[stem] for file, stem in stems.items() if stem in makers}
+    if source == "h":
+        return {file: "Hedgewars project (Andrey Korotaev)" for file in files}
     return {}
 
 

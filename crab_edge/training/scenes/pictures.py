@@ -22,7 +22,23 @@ def load_cutout(path: Path, side: int = SIDE, opaque: bool = False) -> np.ndarra
         image = _draw_svg(path, side) if path.suffix.lower() == ".svg" else Image.open(path).convert("RGBA")
     except (OSError, ValueError, SyntaxError):
         return None
-    return _finish(image, side, opaque)
+    return finish(image, side, opaque)
+
+
+def load_poses(paths: list[Path], side: int = SIDE) -> list[np.ndarray] | None:
+    """The pictures of one figure at one scale, no side above `side`; None if one of them can't be used."""
+    images = []
+    for path in paths:
+        cutout = load_cutout(path, side=4 * side)
+        if cutout is None:
+            return None
+        images.append(Image.fromarray(cutout))
+    scale = min(side / max(max(image.size) for image in images), 1.0)
+    sizes = [(max(1, round(i.width * scale)), max(1, round(i.height * scale))) for i in images]
+    return [
+        np.array(i.convert("RGBa").resize(s, Image.Resampling.LANCZOS).convert("RGBA"), np.uint8)
+        for i, s in zip(images, sizes, strict=True)
+    ]
 
 
 def load_emoji(font: Path, character: str, side: int = SIDE) -> np.ndarray | None:
@@ -33,7 +49,7 @@ def load_emoji(font: Path, character: str, side: int = SIDE) -> np.ndarray | Non
     except OSError:
         return None
     colours = np.asarray(image)[..., :3].reshape(-1, 3)
-    return _finish(image, side) if colours.any() else None
+    return finish(image, side) if colours.any() else None
 
 
 def load_photo(path: Path, side: int = 400) -> np.ndarray | None:
@@ -101,7 +117,8 @@ def _draw_svg(path: Path, side: int) -> Image.Image:
     return image.convert("RGBA")
 
 
-def _finish(image: Image.Image, side: int, opaque: bool = False) -> np.ndarray | None:
+def finish(image: Image.Image, side: int, opaque: bool = False) -> np.ndarray | None:
+    """A drawn picture as a cut-out of at most `side` pixels, or None (see `load_cutout`)."""
     alpha = image.getchannel("A").point(lambda v: 0 if v < 24 else v)
     box = alpha.getbbox()
     if box is None:

@@ -122,7 +122,7 @@ class Planner:
                     end,
                     (0.0, duration + 1.0) if still else _blur(seen, duration, random),
                 )
-                if not any(_collide(candidate, other, duration, stage.canvas) for other in stage.things):
+                if not any(collide(candidate, other, duration, stage.canvas) for other in stage.things):
                     thing = candidate
                     break
             if thing is not None:
@@ -219,7 +219,7 @@ def _side(thing: Thing) -> str | None:
     return sides.pop() if len(sides) == 1 else None
 
 
-def _collide(a: Thing, b: Thing, duration: float, canvas: tuple[int, int]) -> bool:
+def collide(a: Thing, b: Thing, duration: float, canvas: tuple[int, int]) -> bool:
     """Whether more than 10 % of the smaller one's box is covered at the start, middle or end."""
     for time in (0.0, duration / 2, duration) if a.moves or b.moves else (0.0,):
         p, q = a.place(time, duration, canvas), b.place(time, duration, canvas)

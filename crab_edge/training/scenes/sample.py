@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from crab_edge.errors import InputError
-from crab_edge.training.scenes.avuie import write_mp4
 from crab_edge.training.scenes.catalogue import Asset, Catalogue, ClassInfo, fetch
 from crab_edge.training.scenes.compose import Stage, Thing
+from crab_edge.training.scenes.media import write_mp4
 from crab_edge.training.scenes.sounds import RATE, level
 
 SECONDS, FPS, CANVAS = 10.0, 12, (480, 360)

@@ -67,7 +67,7 @@ class SceneSource:
         audible, visible = catalogue.audible(self._unseen), catalogue.visible(self._test)
         heard = {c.label for c in audible}
         silent = [c for c in catalogue.silent_pictures if c.of("picture", self._test)]
-        self._planner = Planner(
+        self.planner = Planner(
             self._test,
             self._unseen,
             both=[c for c in visible if c.label in heard],
@@ -77,7 +77,7 @@ class SceneSource:
             scenery=silent + [c for c in visible if not c.sounds],
             backgrounds=[b for b in catalogue.backgrounds if b.test == self._test],
         )
-        if not self._planner.both or not self._planner.backgrounds:
+        if not self.planner.both or not self.planner.backgrounds:
             raise InputError(
                 f"the catalogue has no class with pictures and sounds for {split}/{sounds}; fetch again"
             )
@@ -101,11 +101,11 @@ class SceneSource:
         streams = float(random.random())
         hide_audio = not self._test and focus is None and streams < 0.08
         hide_video = not self._test and focus is None and 0.08 <= streams < 0.16 and kind != "silent"
-        stage, events = self._planner.plan(random, kind, duration)
+        stage, events = self.planner.plan(random, kind, duration)
         times = frame_times(duration)
         frames = None if hide_video else stretch(stage.draw(times, duration))
         wave = None if hide_audio else mix(events, duration, random, not self._test)
-        facts = self._planner.facts(stage, events, duration)
+        facts = self.planner.facts(stage, events, duration)
         if hide_video:
             facts = [replace(f, seen=None, side=None, box=None) for f in facts if f.heard]
         if hide_audio:
@@ -131,12 +131,12 @@ class SceneSource:
         random = self._random(1, index)
         duration = 5.0 if self._test else float(random.choice([1.0, 2.0, 3.0, 5.0], p=[0.2, 0.25, 0.25, 0.3]))
         kind = "offscreen" if not self._test and random.random() < 0.12 else "single"
-        stage, events = self._planner.plan(random, kind, duration, still=True)
+        stage, events = self.planner.plan(random, kind, duration, still=True)
         wave = mix(events, duration, random, not self._test)
         image = stretch(stage.draw([0.0], duration))[0]
         facts = [
             replace(f, heard=(0, max(1, round(duration))) if f.heard else None)
-            for f in self._planner.facts(stage, events, duration)
+            for f in self.planner.facts(stage, events, duration)
         ]
         truth = Truth(facts, duration, "image", True)
         return RenderedScene(
@@ -157,10 +157,10 @@ class SceneSource:
         duration = 5.0
         count = int(random.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))
         events = []
-        for info in self._planner.draw(self._planner.audible, count, set(), random):
+        for info in self.planner.draw(self.planner.audible, count, set(), random):
             length = float(random.uniform(0.8, duration)) if random.random() < 0.6 else duration
             start = float(random.uniform(0, duration - length))
-            events.append(self._planner.event(info, (start, start + length), random))
+            events.append(self.planner.event(info, (start, start + length), random))
         wave = mix(events, duration, random, not self._test)
         return wave, [(e.label, e.start_s, e.end_s) for e in events]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from crab_edge.training.scenes.catalogue import Asset, Catalogue, ClassInfo
+from crab_edge.training.scenes.extras import Action, Emotion, Extras, Face, Figure, Voice
 
 RATE = 16000
 LABELS = ("dog", "owl", "violin", "train", "harp", "bee")
@@ -46,4 +47,64 @@ def catalogue() -> Catalogue:
         [info(i, label, "animal" if i < 3 else "thing") for i, label in enumerate(LABELS)],
         [info(i, label, "silent", sounds=False) for i, label in enumerate(SCENERY)],
         backgrounds,
+    )
+
+
+def layer(key: str, shade: int, test: bool, group: str | None = None) -> Asset:
+    """A plain person: an opaque bar of one shade."""
+    data = np.zeros((80, 40, 4), np.uint8)
+    data[...] = (shade, 40, 255 - shade, 255)
+    return Asset(key, "layer", 0, data.shape, group or key, test, data.reshape(-1))
+
+
+def figure(key: str, test: bool) -> Figure:
+    poses = [layer(f"{key}#{i}", 60 + 90 * i, test, key) for i in range(2)]
+    return Figure(key, key, test, poses)
+
+
+@pytest.fixture(scope="session")
+def extras() -> Extras:
+    """A tiny second pack: four emotions, three voices, four faces, three actions."""
+    names = {"happy": "Laugh", "angry": "Traitor", "neutral": "Hello", "sad": "Solong"}
+    emotions = [Emotion(name, (line,), (f"face-{name}", "serious")) for name, line in names.items()]
+    voices = [
+        Voice(
+            name,
+            test,
+            {
+                line: asset("line", f"h:{name}/{line}", tone(i + 3 * number), test)
+                for i, line in enumerate(names.values())
+            },
+        )
+        for number, (name, test) in enumerate((("Ann", False), ("Bob", False), ("Eve", True)))
+    ]
+    return Extras(
+        voices=voices,
+        faces=[
+            Face(f"d:{i}", i == 3, layer(f"d:{i}", 50 * i, i == 3), layer(f"d:{i}-over", 9, i == 3))
+            for i in range(4)
+        ],
+        expressions={
+            name: layer(f"e:{name}", 200, False) for name in ("serious", *(f"face-{n}" for n in names))
+        },
+        emoji={},
+        emotions=emotions,
+        labels={
+            task: {name: f"{task}-{name}" for name in names}
+            for task in ("meld", "mer24", "cremad", "mafw", "dfew")
+        },
+        actions=[
+            Action(
+                name,
+                name,
+                "".join(word.title() for word in name.split()),
+                motion,
+                [figure(f"s:{name}-{i}", i == 1) for i in range(2)],
+                [asset("line", f"s:{name}-sound{i}", tone(number + i), i == 1) for i in range(2)],
+            )
+            for number, (name, motion) in enumerate(
+                (("walking", "walk"), ("break dancing", "spin"), ("jumping", "jump"))
+            )
+        ],
+        played={"violin": {"ks": "playing violin", "ucf": "PlayingViolin"}},
     )

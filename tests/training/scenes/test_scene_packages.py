@@ -16,7 +16,7 @@ from PIL import Image
 
 from crab_edge.errors import DependencyError, InputError, MediaError
 from crab_edge.training.scenes import Catalogue, packages, pictures, sounds
-from crab_edge.training.scenes.pack import _hold_out, _Item, _pose_group
+from crab_edge.training.scenes.pack import Item, _pose_group, hold_out
 from crab_edge.training.scenes.soundfont import SoundFont
 
 RATE = 16000
@@ -94,18 +94,18 @@ def test_class_table() -> None:
 
 def test_hold_out_keeps_poses_together() -> None:
     items = [
-        _Item(f"s:dog{i}-{p}", np.zeros(1), _pose_group("s", f"Animals/dog{i}-{p}.png"))
+        Item(f"s:dog{i}-{p}", np.zeros(1), _pose_group("s", f"Animals/dog{i}-{p}.png"))
         for i in (1, 2)
         for p in "ab"
     ]
-    _hold_out(items, "dog")
+    hold_out(items, "dog")
     by_group: dict[str, set[bool]] = {}
     for item in items:
         by_group.setdefault(item.group, set()).add(item.test)
     assert sorted(len(v) for v in by_group.values()) == [1, 1]
     assert {True, False} == set.union(*by_group.values())
-    single = [_Item("a", np.zeros(1), "a")]
-    _hold_out(single, "cat")
+    single = [Item("a", np.zeros(1), "a")]
+    hold_out(single, "cat")
     assert not single[0].test
 
 

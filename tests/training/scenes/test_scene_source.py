@@ -45,7 +45,7 @@ def used(source: SceneSource) -> tuple[set[str], set[str], set[int]]:
         scene = source.clip(index)
         assert scene.stage is not None
         pictures |= {thing.picture.key for thing in scene.stage.things}
-    planner = source._planner
+    planner = source.planner
     for index in range(CLIPS):
         stage, events = planner.plan(np.random.default_rng(index), "double", 10.0)
         sounds |= {event.asset.key for event in events}
