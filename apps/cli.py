@@ -29,6 +29,7 @@ EXTRAS = {
     "train": ("torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "soundfile"),
     "export": ("onnx", "onnxscript", "onnx_ir", "optimum"),
     "demo": ("gradio",),
+    "grammar": ("llguidance",),
 }
 INTRODUCTION = "Ask audio-visual language models about clips, on this machine."
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Asked:
-    """A task with its instruction; `limit` bounds the tokens of each window's text."""
+    """A task with its instruction; `limit` bounds the tokens of each window's text.
+
+    `grammar`: the text is held to the task's form.
+    """
 
     task: Task
     recipe: MediaRecipe
@@ -26,6 +29,7 @@ class Asked:
     limit: int
     cancelled: Callable[[], bool] | None
     notices: list[str]
+    grammar: bool = False
     spent: Spent = field(default_factory=Spent)
     complete: bool = False
     _raws: list[str] = field(default_factory=list)

@@ -19,6 +19,7 @@ from crab_edge.bundle import Bundle, default_bundle
 from crab_edge.clip import Clip, Window
 from crab_edge.errors import CrabError, InputError, TaskError
 from crab_edge.generate import Generator
+from crab_edge.guide import guide
 from crab_edge.resolved import Spent, context, misfit, resolve, streams, unused, windows
 from crab_edge.results import Answer
 from crab_edge.tasks import MediaRecipe, Task
@@ -26,6 +27,7 @@ from crab_edge.tasks import MediaRecipe, Task
 if TYPE_CHECKING:
     from crab_edge.batch import Row
     from crab_edge.engines import Engine
+    from crab_edge.grammar import Grammars
 
 QUESTION_TASK = "avqa"
 MAX_NEW_TOKENS = 512
@@ -56,6 +58,7 @@ class Model:
         self._generator = Generator(bundle, engine)
         self._lock = threading.Lock()
         self._owner: int | None = None
+        self._grammars: Grammars | None = None
 
     def open(
         self,
@@ -86,6 +89,14 @@ class Model:
         from crab_edge.batch import analyze
 
         return analyze(self, paths, tasks, **options)
+
+    def grammars(self) -> Grammars:
+        """The tasks' grammars compiled for this bundle. DependencyError without the extra `grammar`."""
+        if self._grammars is None:
+            from crab_edge.grammar import Grammars
+
+            self._grammars = Grammars(self.bundle)
+        return self._grammars
 
     def _acquire(self) -> None:
         if self._owner == threading.get_ident():
@@ -146,17 +157,22 @@ class Session:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
+        grammar: bool = False,
     ) -> Answer | list[Answer]:
         """One answer to a question or a task; with neither, the answers of every task that applies.
 
-        Raises TaskError for a task that is unknown, doesn't take this clip, or needs a question.
+        With `grammar` the tagged part of an answer is held to its task's form, so that it always parses.
+        Raises TaskError for a task that is unknown, doesn't take this clip, or needs a question;
+        DependencyError for `grammar` without the extra of that name.
         """
         if question is not None or task is not None:
-            return self.stream(question, task, max_new_tokens=max_new_tokens, cancelled=cancelled).answer
+            return self.stream(
+                question, task, max_new_tokens=max_new_tokens, cancelled=cancelled, grammar=grammar
+            ).answer
         names = [task.name for task in self.applicable() if not task.needs_question]
         if not names:
             raise TaskError(f"no task takes this clip without a question; {self._hint()}")
-        return self.ask_all(names, max_new_tokens=max_new_tokens, cancelled=cancelled)
+        return self.ask_all(names, max_new_tokens=max_new_tokens, cancelled=cancelled, grammar=grammar)
 
     def ask_all(
         self,
@@ -165,13 +181,16 @@ class Session:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
+        grammar: bool = False,
     ) -> list[Answer]:
         """Several tasks, answered in the order given; `question` goes to those that need one.
 
         Tasks with one media recipe go through a long clip together, so that each window is prefilled once.
         """
         asked = [
-            self._asked(question if tasks.get(name).needs_question else None, name, max_new_tokens, cancelled)
+            self._asked(
+                question if tasks.get(name).needs_question else None, name, max_new_tokens, cancelled, grammar
+            )
             for name in names
         ]
         groups: dict[MediaRecipe, list[Asked]] = {}
@@ -189,15 +208,21 @@ class Session:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
+        grammar: bool = False,
     ) -> Stream:
         """Like `ask` for one question or task, as a stream of text; the request is checked at once."""
         if task is None and question is None:
             raise TaskError("give a question or a task to stream")
-        asked = self._asked(question, task or QUESTION_TASK, max_new_tokens, cancelled)
+        asked = self._asked(question, task or QUESTION_TASK, max_new_tokens, cancelled, grammar)
         return Stream(self._pieces([[asked]]), asked)
 
     def _asked(
-        self, question: str | None, name: str, limit: int, cancelled: Callable[[], bool] | None
+        self,
+        question: str | None,
+        name: str,
+        limit: int,
+        cancelled: Callable[[], bool] | None,
+        grammar: bool,
     ) -> Asked:
         task = tasks.get(name)
         reason = misfit(self.clip, task)
@@ -212,7 +237,9 @@ class Session:
                 "trained on, not the world; don't rely on this answer"
             )
         instruction = task.prompt(question)
-        return Asked(task, recipe, self.clip, instruction, question, limit, cancelled, notices)
+        if grammar:
+            self.model.grammars()
+        return Asked(task, recipe, self.clip, instruction, question, limit, cancelled, notices, grammar)
 
     def _hint(self) -> str:
         names = [task.name for task in self.applicable()]
@@ -266,11 +293,13 @@ class Session:
         if asked.stopped():
             return
         generator, spent = self.model._generator, asked.spent
+        about = context(self.clip, asked.recipe, window)
+        held = guide(self.model.grammars(), asked.task, about, asked.limit) if asked.grammar else None
         shown = resolve(self.clip, asked.recipe, window, spent)
         logits, position = generator.start(shown, asked.instruction, spent)
         text = self.model.bundle.prompt.stream_decoder()
         ids: list[int] = []
-        tokens = generator.tokens(logits, position, asked.limit, asked.cancelled)
+        tokens = generator.tokens(logits, position, asked.limit, asked.cancelled, held)
         try:
             while True:
                 started = time.perf_counter()
@@ -288,7 +317,7 @@ class Session:
         finally:
             spent.tokens += len(ids)
             raw = self.model.bundle.prompt.decode(ids).strip()
-            asked.add(raw, context(self.clip, asked.recipe, window), ended=generator.ended)
+            asked.add(raw, about, ended=generator.ended)
 
 
 def unfamiliar(question: str, templates: Sequence[str] | None) -> bool:

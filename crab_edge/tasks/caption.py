@@ -33,7 +33,8 @@ TASKS = (
         parse=_parse_caption,
         render=_render_caption,
         truth=_truth_caption,
-        grammar="free text",
+        grammar="",
+        form="free text",
         metric="caption",
     ),
 )

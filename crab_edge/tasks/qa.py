@@ -10,6 +10,10 @@ from crab_edge.tasks.base import MODEL_CONTEXT, Bar, MediaContext, Parsed, Recor
 from crab_edge.tasks.recipes import IMAGE_AUDIO, VIDEO_10_REWINDOW
 
 _EDGES = " .,;:!?\"'`"
+ANSWER_GRAMMAR = r"""
+start: "<answer>" VALUE "</answer>" "."?
+VALUE: /[A-Za-z0-9][A-Za-z0-9 ,.'_\/\-]{0,60}/
+"""
 
 
 def parse_answer(answer: str, context: MediaContext = MODEL_CONTEXT) -> Parsed:
@@ -45,7 +49,9 @@ TASKS = (
         parse=parse_answer,
         render=render_answer,
         truth=_truth_avqa,
-        grammar="<answer>WORD OR NUMBER</answer>",
+        grammar=ANSWER_GRAMMAR,
+        form="<answer>WORD OR NUMBER</answer>",
+        opens=("<answer>",),
         metric="music-avqa",
         targets=("label",),
         bars={"existential": Bar(over_baseline=20.0), "counting": Bar(over_baseline=20.0)},

@@ -19,6 +19,19 @@ _AVVP_TAGS: dict[str, Modality] = {
     "audio_event": _AUDIO,
     "audio": _AUDIO,
 }
+#: What stands before a time range: a label, which may hold commas and one bracketed word, and the bracket.
+_HEAD = r"/[A-Za-z][A-Za-z0-9 ,'_\/\-]{0,60}([ _]\([a-z]+\))?, ?\(/"
+_AVE_GRAMMAR = rf"""
+start: event ((", " | "," | " ")? event){{0,7}} "."?
+event: "<event>" HEAD seconds span{{0,5}} "</event>"
+HEAD: {_HEAD}
+"""
+_AVVP_GRAMMAR = rf"""
+start: (visual | audio){{1,12}} "."?
+visual: "<visual_event>" HEAD seconds span{{0,5}} "</visual_event>"
+audio: "<audio_event>" HEAD seconds span{{0,5}} "</audio_event>"
+HEAD: {_HEAD}
+"""
 
 
 def _event(label: str, span: tuple[float, float] | Unparsed, modality: Modality) -> Result:
@@ -138,7 +151,9 @@ TASKS = (
         parse=_parse_ave,
         render=_render_ave,
         truth=_truth_ave,
-        grammar="<event>LABEL, (S E)(S E)</event>, ... ; S < E whole seconds, E exclusive",
+        grammar=_AVE_GRAMMAR,
+        form="<event>LABEL, (S E)(S E)</event>, ... ; S < E whole seconds, E exclusive",
+        opens=("<event>",),
         metric="ave-segments",
         bars={"segment accuracy": Bar(at_least=60.0)},
     ),
@@ -153,7 +168,9 @@ TASKS = (
         parse=_parse_avvp,
         render=_render_avvp,
         truth=_truth_avvp,
-        grammar=(
+        grammar=_AVVP_GRAMMAR,
+        opens=("<visual_event>", "<audio_event>"),
+        form=(
             "<visual_event>LABEL,(S E)(S E)</visual_event><audio_event>LABEL,(S E)</audio_event>... ; "
             "S < E whole seconds, E exclusive"
         ),

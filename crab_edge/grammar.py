@@ -1,0 +1,238 @@
+"""Task grammars compiled for a bundle's vocabulary by llguidance: which tokens keep an answer in its form.
+
+A task's `grammar` is a Lark grammar in llguidance's dialect. It may use rules of `shared_rules` without
+defining them: `span` and `seconds` know the window at hand, so that no answer leaves it, and `corners`, `box`
+and `point` put coordinates in order, which a context-free grammar can't say briefly.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crab_edge.errors import DependencyError, EngineError, TaskError
+from crab_edge.tasks import FRAME_SIDE, MODEL_CONTEXT, MediaContext, Task
+
+if TYPE_CHECKING:
+    from crab_edge.bundle import Bundle
+
+#: The last second of a window that answers speak of.
+LAST_SECOND = 10
+# Letters that open different words lead to completions of different length; one of these few is short enough.
+_LETTERS_TRIED = 3
+# A search this wide means that the grammar has no end within reach.
+_SEARCH_LIMIT = 20_000
+
+
+def require() -> Any:
+    """The module llguidance; DependencyError naming the extra when it isn't installed."""
+    try:
+        import llguidance
+    except ModuleNotFoundError:
+        raise DependencyError(
+            "--grammar needs llguidance, which isn't installed; "
+            "run `pip install 'crab-edge[grammar]'` or leave --grammar out"
+        ) from None
+    return llguidance
+
+
+def start_seconds(context: MediaContext) -> int:
+    """How many whole seconds 0, 1, ... of the window an event may start at; at least one."""
+    inside = (second for second in range(LAST_SECOND) if context.start_s + second >= context.end_s)
+    return max(1, next(inside, LAST_SECOND))
+
+
+@lru_cache(maxsize=32)
+def shared_rules(starts: int) -> dict[str, str]:
+    """Rules by name, for grammars that use them. `starts`: how many seconds an event may start at.
+
+    - `span`: "(S E)", `seconds`: "S E)", whole seconds, S < E <= 10, S < `starts`
+    - `corners`: "(x1,y1)(x2,y2)", `box`: "[x1,y1,x2,y2]", x1 < x2 <= 224, y1 < y2 <= 224 (223 in `box`, as
+      the reference refuses the edge there)
+    - `point`: "[x,y]", 0..223
+    """
+    seconds = ["seconds: " + " | ".join(f'"{first} " ends_after_{first}' for first in range(starts))]
+    for first in range(starts):
+        ends = " | ".join(f'"{last})"' for last in range(first + 1, LAST_SECOND + 1))
+        seconds.append(f"ends_after_{first}: {ends}")
+    spans = "\n".join(seconds)
+    pixels = range(FRAME_SIDE)
+    point = " | ".join(f'"{x},"' for x in pixels), " | ".join(f'"{y}]"' for y in pixels)
+    return {
+        "span": f'span: "(" seconds\n{spans}',
+        "seconds": spans,
+        "corners": _rectangle("corners", "(", ")(", ")", FRAME_SIDE),
+        "box": _rectangle("box", "[", ",", "]", FRAME_SIDE - 1),
+        "point": f'point: "[" point_x point_y\npoint_x: {point[0]}\npoint_y: {point[1]}',
+    }
+
+
+def _rectangle(name: str, opening: str, between: str, closing: str, last: int) -> str:
+    """Two corners in order. The rules' parameter carries x1 in its bits 0-7 and y1 in its bits 8-15."""
+    low, high = range(last), range(1, last + 1)
+    left = (f'"{x}," {name}_top::bit_or({x})' for x in low)
+    top = (f'"{y}{between}" {name}_right::bit_or({y << 8})' for y in low)
+    right = (f'"{x}," {name}_bottom::_ %if lt([0:8], {x})' for x in high)
+    bottom = (f'"{y}{closing}" %if lt([8:16], {y})' for y in high)
+    rules = [f'{name}: "{opening}" {name}_left::0x0']
+    for part, forms in (("left", left), ("top", top), ("right", right), ("bottom", bottom)):
+        rules.append(f"{name}_{part}::_ : " + " | ".join(forms))
+    return "\n".join(rules)
+
+
+def complete_grammar(lark: str, starts: int = LAST_SECOND) -> str:
+    """The grammar with the shared rules that it uses and doesn't define."""
+    parts = [lark]
+    defined = set(re.findall(r"^([a-z_]+)\b[^:\n]*:", lark, re.MULTILINE))
+    words = set(re.findall(r"[a-z_]+", re.sub(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/', " ", lark)))
+    for name, rules in shared_rules(starts).items():
+        if name in words - defined and not (name == "seconds" and "span" in words - defined):
+            parts.append(rules)
+    return "\n".join(parts)
+
+
+class Vocabulary:
+    """A bundle's tokens as llguidance needs them: the bytes of each id and the ids that end an answer."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._library = require()
+        model = bundle.manifest.model
+        self.size = model.vocab_size
+        self.eos_ids = tuple(model.eos_ids)
+        try:
+            self._tokenizer = self._library.LLTokenizer(
+                bundle.prompt.tokenizer_json(), n_vocab=self.size, eos_token=list(self.eos_ids)
+            )
+        except Exception as error:  # all that the library raises
+            raise EngineError(
+                f"llguidance can't read the bundle's tokenizer ({error}); leave --grammar out"
+            ) from error
+        self._special = frozenset(bundle.prompt.special.model_dump().values())
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to the text; special tokens and unused ids add nothing."""
+        if token in self._special or self._tokenizer.is_special_token(token):
+            return b""
+        return self._tokenizer.decode_bytes([token])
+
+    def ids(self, text: bytes) -> list[int]:
+        """Tokens of plain text."""
+        return self._tokenizer.tokenize_bytes(text)
+
+    def compile(self, lark: str) -> Any:
+        """A matcher at the grammar's start; TaskError with llguidance's reason for a grammar it refuses."""
+        matcher = self._library.LLMatcher(
+            self._tokenizer, self._library.LLMatcher.grammar_from_lark(lark), log_level=0
+        )
+        if matcher.is_error():
+            raise TaskError(f"llguidance refuses the grammar: {' '.join(matcher.get_error().split())}")
+        return matcher
+
+    @cached_property
+    def byte_ids(self) -> dict[int, int]:
+        """The token of each printable ASCII character that has one of its own."""
+        found = {byte: self.ids(bytes([byte])) for byte in range(0x20, 0x7F)}
+        return {byte: ids[0] for byte, ids in found.items() if len(ids) == 1}
+
+    def allowed(self, matcher: Any) -> NDArray[np.int64]:
+        """Ids that the grammar allows next, ascending; the end tokens are among them where it accepts.
+
+        EngineError when the matcher has given up.
+        """
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        if matcher.is_error():
+            raise EngineError(f"llguidance gave up: {' '.join(matcher.get_error().split())}")
+        ids = np.flatnonzero(np.unpackbits(bits, count=self.size, bitorder="little"))
+        if matcher.is_accepting():
+            ids = np.union1d(ids, self.eos_ids)
+        return ids
+
+    def completion(self, matcher: Any) -> list[int]:
+        """Few tokens that bring the grammar to its end: about the shortest such text. [] where it accepts.
+
+        EngineError when none is found.
+        """
+        order = itertools.count()
+        heap: list[tuple[int, int, Any, bytes]] = [(0, next(order), matcher.deep_copy(), b"")]
+        seen: set[tuple[int, bytes]] = set()
+        while heap and next(order) < _SEARCH_LIMIT:
+            length, _, state, text = heapq.heappop(heap)
+            if state.is_accepting():
+                return self.ids(text)
+            forced = state.compute_ff_bytes()
+            if forced:
+                if state.consume_tokens(self.ids(forced)):
+                    heapq.heappush(heap, (length + len(forced), next(order), state, text + forced))
+                continue
+            choices = bytes(self._few(self.allowed(state)))
+            # States as far on that allow the same bytes are as good as each other: one of them goes on.
+            if (length, choices) in seen:
+                continue
+            seen.add((length, choices))
+            for byte in choices:
+                child = state.deep_copy()
+                if child.consume_token(self.byte_ids[byte]):
+                    heapq.heappush(heap, (length + 1, next(order), child, text + bytes([byte])))
+        raise EngineError("no end of the grammar was found; bound its repetitions")
+
+    def _few(self, allowed: NDArray[np.int64]) -> Iterator[int]:
+        """Printable bytes that are allowed, few letters among them, what isn't a letter first."""
+        letters = []
+        for byte in self._printable[np.isin(self._printable_ids, allowed)].tolist():
+            if chr(byte).isalpha():
+                letters.append(byte)
+            else:
+                yield byte
+        # Lower case first: that is how labels are written.
+        yield from sorted(letters, reverse=True)[:_LETTERS_TRIED]
+
+    @cached_property
+    def _printable(self) -> NDArray[np.int64]:
+        return np.array(list(self.byte_ids))
+
+    @cached_property
+    def _printable_ids(self) -> NDArray[np.int64]:
+        return np.array(list(self.byte_ids.values()))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A task's compiled grammar; `shortest` is about its shortest sentence, `tokens` that as tokens."""
+
+    vocabulary: Vocabulary
+    start: Any
+    shortest: bytes
+    tokens: int
+
+    def matcher(self) -> Any:
+        """A matcher of one's own, at the grammar's start."""
+        return self.start.deep_copy()
+
+
+class Grammars:
+    """The forms of one bundle, compiled when they are first asked for."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.vocabulary = Vocabulary(bundle)
+        self._forms: dict[str, Form] = {}
+
+    def form(self, task: Task, context: MediaContext = MODEL_CONTEXT) -> Form:
+        """The task's grammar for a window. TaskError when it doesn't compile."""
+        lark = complete_grammar(task.grammar, start_seconds(context))
+        if lark not in self._forms:
+            try:
+                matcher = self.vocabulary.compile(lark)
+            except TaskError as error:
+                raise TaskError(f"task {task.name}: {error}") from None
+            ids = self.vocabulary.completion(matcher)
+            text = b"".join(map(self.vocabulary.bytes_of, ids))
+            self._forms[lark] = Form(self.vocabulary, matcher, text, len(ids))
+        return self._forms[lark]
