@@ -102,8 +102,9 @@ def command(
 
 def _grammar(bundle: Path | None, as_json: bool) -> list[dict[str, Any]]:
     """What constrained answers cost for each token: [] without llguidance, which is then said."""
-    from crab_edge.errors import DependencyError
     from crab_edge_apps import _bench_grammar
+
+    from crab_edge.errors import DependencyError
 
     try:
         result = _bench_grammar.measure(bundle)

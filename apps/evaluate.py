@@ -175,7 +175,7 @@ def _measure(
     identity = str(model.bundle.identity) + ("+grammar" if grammar else "")
     if grammar:
         model.grammars()
-    folder = out / re.sub(r"[^\w.@-]+", "_", identity)
+    folder = out / re.sub(r"[^\w.@+-]+", "_", identity)
     found, per_sample = [], {}
     with _progress(console) as progress:
         total = progress.add_task(f"{identity}", total=sum(len(split.records) for _, split in chosen))

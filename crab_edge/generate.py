@@ -124,8 +124,8 @@ class Generator:
     ) -> Iterator[int]:
         """Greedy tokens up to the end token (left out), `limit`, or `cancelled`.
 
-        With a `guide`, greedy among the tokens that it allows. Afterwards `ended` says whether the answer came
-        to its own end: the model ended it, or its form did, and the limit had no part in it.
+        With a `guide`, greedy among the tokens that it allows. Afterwards `ended` says whether the answer
+        came to its own end: the model ended it, or its form did, and the limit had no part in it.
         """
         model = self.bundle.manifest.model
         self.ended = False

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +99,14 @@ def complete_grammar(lark: str, starts: int = LAST_SECOND) -> str:
     return "\n".join(parts)
 
 
+class _Outlook(NamedTuple):
+    """What may follow in a state: the end, one certain text, or a choice of characters (few letters)."""
+
+    accepting: bool = False
+    forced: bytes = b""
+    choices: bytes = b""
+
+
 class Vocabulary:
     """A bundle's tokens as llguidance needs them: the bytes of each id and the ids that end an answer."""
 
@@ -147,13 +155,17 @@ class Vocabulary:
 
         EngineError when the matcher has given up.
         """
+        mask = self._mask(matcher)
+        if matcher.is_accepting():
+            mask[list(self.eos_ids)] = 1
+        return np.flatnonzero(mask)
+
+    def _mask(self, matcher: Any) -> NDArray[np.uint8]:
+        """uint8 [vocabulary], 1 where the grammar allows the id."""
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         if matcher.is_error():
             raise EngineError(f"llguidance gave up: {' '.join(matcher.get_error().split())}")
-        ids = np.flatnonzero(np.unpackbits(bits, count=self.size, bitorder="little"))
-        if matcher.is_accepting():
-            ids = np.union1d(ids, self.eos_ids)
-        return ids
+        return np.unpackbits(bits, count=self.size, bitorder="little")
 
     def completion(self, matcher: Any) -> list[int]:
         """Few tokens that bring the grammar to its end: about the shortest such text. [] where it accepts.
@@ -161,32 +173,37 @@ class Vocabulary:
         EngineError when none is found.
         """
         order = itertools.count()
-        heap: list[tuple[int, int, Any, bytes]] = [(0, next(order), matcher.deep_copy(), b"")]
-        seen: set[tuple[int, bytes]] = set()
+        here = matcher.deep_copy()
+        heap: list[tuple[int, int, Any, bytes, _Outlook]] = [(0, 0, here, b"", self._outlook(here))]
+        seen: set[tuple[_Outlook, tuple[_Outlook, ...]]] = set()
         while heap and next(order) < _SEARCH_LIMIT:
-            length, _, state, text = heapq.heappop(heap)
-            if state.is_accepting():
+            length, _, state, text, outlook = heapq.heappop(heap)
+            if outlook.accepting:
                 return self.ids(text)
-            forced = state.compute_ff_bytes()
-            if forced:
-                if state.consume_tokens(self.ids(forced)):
-                    heapq.heappush(heap, (length + len(forced), next(order), state, text + forced))
-                continue
-            choices = bytes(self._few(self.allowed(state)))
-            # States as far on that allow the same bytes are as good as each other: one of them goes on.
-            if (length, choices) in seen:
-                continue
-            seen.add((length, choices))
-            for byte in choices:
+            children = []
+            for step in [outlook.forced] if outlook.forced else [bytes([byte]) for byte in outlook.choices]:
                 child = state.deep_copy()
-                if child.consume_token(self.byte_ids[byte]):
-                    heapq.heappush(heap, (length + 1, next(order), child, text + bytes([byte])))
+                if child.consume_tokens(self.ids(step)):
+                    children.append((step, child, self._outlook(child)))
+            # States that look alike two steps ahead count as the same; the first came the shorter way.
+            alike = outlook, tuple(look for _, _, look in children)
+            if alike in seen:
+                continue
+            seen.add(alike)
+            for step, child, look in children:
+                heapq.heappush(heap, (length + len(step), next(order), child, text + step, look))
         raise EngineError("no end of the grammar was found; bound its repetitions")
 
-    def _few(self, allowed: NDArray[np.int64]) -> Iterator[int]:
+    def _outlook(self, state: Any) -> _Outlook:
+        if state.is_accepting():
+            return _Outlook(accepting=True)
+        forced = state.compute_ff_bytes()
+        return _Outlook(forced=forced) if forced else _Outlook(choices=bytes(self._few(self._mask(state))))
+
+    def _few(self, mask: NDArray[np.uint8]) -> Iterator[int]:
         """Printable bytes that are allowed, few letters among them, what isn't a letter first."""
         letters = []
-        for byte in self._printable[np.isin(self._printable_ids, allowed)].tolist():
+        for byte in self._printable[mask[self._printable_ids] == 1].tolist():
             if chr(byte).isalpha():
                 letters.append(byte)
             else:

@@ -100,8 +100,8 @@ class Tagged:
         form = grammars.form(task, context)
         if not readable(form.shortest):
             raise TaskError(
-                f"task {task.name}: its grammar allows {form.shortest.decode('utf-8', 'replace')!r}, which its "
-                "parser can't read; correct the declaration"
+                f"task {task.name}: its grammar allows {form.shortest.decode('utf-8', 'replace')!r}, which "
+                "its parser can't read; correct the declaration"
             )
         self._name, self._form, self._vocabulary = task.name, form, grammars.vocabulary
         self._opens = tuple(opening.encode() for opening in task.opens)
@@ -181,8 +181,8 @@ class Tagged:
             self._way = self._vocabulary.completion(self._matcher)
         if len(self._way) > remaining:
             raise InputError(
-                f"the shortest answer of task {self._name} needs {len(self._way)} more tokens, but {remaining} "
-                "are left; allow more with --max-tokens, or give a shorter clip or question"
+                f"the shortest answer of task {self._name} needs {len(self._way)} more tokens, but "
+                f"{remaining} are left; allow more with --max-tokens, or give a shorter clip or question"
             )
         order = allowed[np.argsort(-logits[allowed], kind="stable")[:_TRIES]]
         for token in map(int, order):
@@ -190,11 +190,24 @@ class Tagged:
                 break
             after = self._matcher.deep_copy()
             after.consume_token(token)
-            rest = self._vocabulary.completion(after)
-            if len(rest) < remaining:
+            rest = self._rest(after, remaining - 1)
+            if rest is not None:
                 self._way = [token, *rest]
                 break
         else:
             token = self._way[0] if self._way else self._vocabulary.eos_ids[0]
         self.shortened |= token != best
         return token
+
+    def _rest(self, after: Any, most: int) -> list[int] | None:
+        """At most so many tokens that complete the answer from there; None when that isn't found."""
+        # Most tokens leave the way as it was but for its first steps; searching costs a hundred times more.
+        way = self._way or []
+        for step in range(len(way)):
+            tail = way[step:]
+            if len(tail) <= most and after.validate_tokens(tail) == len(tail):
+                end = after.deep_copy()
+                if end.consume_tokens(tail) and end.is_accepting():
+                    return tail
+        rest = self._vocabulary.completion(after)
+        return rest if len(rest) <= most else None

@@ -111,9 +111,10 @@ class Task:
     - `truth(record)`: results of an AV-UIE v2 test record in the model's own coordinates; None = the record
       isn't scored. `question(record)`: what fills the slot.
     - `targets`: the train record's field(s) holding the answer text, first one present.
-    - `grammar`: a Lark grammar (llguidance's dialect) of the tagged part of an answer, every sentence of which
-      parses; "" is free text. It may use the rules of `crab_edge.grammar.shared_rules`. `opens`: the strings
-      that the tagged part may begin with; none = there is no free text before it. `form`: the same for people.
+    - `grammar`: a Lark grammar (llguidance's dialect) of the tagged part of an answer, every sentence of
+      which parses; "" is free text. It may use the rules of `crab_edge.grammar.shared_rules`.
+      `opens`: the strings that the tagged part may begin with; none = no free text comes before it.
+      `form`: the grammar for people.
     - `metric`: name in `crab_edge.tasks.metrics`; `bars`: figure name (optionally `name@split`) -> what the
       project's own rendered test scenes must reach.
     """
