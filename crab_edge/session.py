@@ -161,7 +161,8 @@ class Session:
     ) -> Answer | list[Answer]:
         """One answer to a question or a task; with neither, the answers of every task that applies.
 
-        With `grammar` the tagged part of an answer is held to its task's form, so that it always parses.
+        With `grammar` the tagged part of an answer is held to its task's form, so that it always parses
+        (unless it is `cancelled` half-way).
         Raises TaskError for a task that is unknown, doesn't take this clip, or needs a question;
         DependencyError for `grammar` without the extra of that name.
         """

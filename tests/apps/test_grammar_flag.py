@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from crab_edge_apps import _bench_grammar, _predictions
+from crab_edge_apps import _bench_grammar, _predictions, bench
 from crab_edge_apps import evaluate as verb
 
 import crab_edge
@@ -64,6 +64,8 @@ def test_bench_times_every_task_with_a_grammar(fake_bundle, capsys):
     result = _bench_grammar.measure(fake_bundle, tokens=6)
     assert {row["task"] for row in result["tasks"]} == {t.name for t in tasks.all() if t.grammar.strip()}
     assert all(0 < row["tagged_s"] <= row["longest_s"] for row in result["tasks"]) and result["plain_s"] > 0
+    (entry,) = bench._grammar(fake_bundle, as_json=True)
+    assert entry["grammar"]["vocabulary"] == result["vocabulary"]
     _bench_grammar.show(result)
     said = capsys.readouterr().out
     assert "for each token" in said and "ave: free text" in said

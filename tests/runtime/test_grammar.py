@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("llguidance", reason="needs the extra `grammar`")
 
 from crab_edge import tasks
-from crab_edge.bundle import Bundle
+from crab_edge.bundle import Bundle, default_bundle
 from crab_edge.clip import Window
 from crab_edge.errors import DependencyError, InputError, TaskError
 from crab_edge.grammar import Grammars, complete_grammar, start_seconds
@@ -34,6 +34,11 @@ def bundle(tmp_path_factory):
 @pytest.fixture(scope="module")
 def grammars(bundle):
     return Grammars(bundle)
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    return Grammars(Bundle.open(default_bundle()))
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,14 @@ def test_random_logits_never_give_an_unreadable_answer(grammars, task):
         context = SHORT if seed % 2 else MODEL_CONTEXT
         text = say(grammars, task, noise(grammars, seed, eager=seed % 4), context)
         assert task.parse(text, context) and not unreadable(task, text, context), text
+
+
+@pytest.mark.parametrize("task", **BY_NAME)
+def test_the_packaged_vocabulary_too(packaged, task):
+    text = say(
+        packaged, task, noise(packaged, 5, eager=1.0), SHORT, limit=packaged.form(task, SHORT).tokens + 40
+    )
+    assert task.parse(text, SHORT) and not unreadable(task, text, SHORT), text
 
 
 @pytest.mark.parametrize("task", **BY_NAME)
@@ -193,6 +206,13 @@ def test_shared_rules_come_only_when_used():
     )
     assert complete_grammar('start: "span box"\n') == 'start: "span box"\n'
     assert complete_grammar('start: span\nspan: "x"\n') == 'start: span\nspan: "x"\n'
+
+
+def test_shared_rectangles_and_points(grammars):
+    matcher = grammars.vocabulary.compile(complete_grammar('start: box " " point'))
+    for text, fits in (("[9,1,10,2] [223,0]", 18), ("[9,1,8,", 6), ("[0,0,223,2", 10), ("[0,0,224", 7)):
+        ids = [grammars.vocabulary.byte_ids[ord(char)] for char in text]
+        assert matcher.deep_copy().try_consume_tokens(ids) == fits, text
 
 
 def test_wrong_declarations_are_named(grammars):
