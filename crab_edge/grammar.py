@@ -1,8 +1,7 @@
 """Task grammars compiled for a bundle's vocabulary by llguidance: which tokens keep an answer in its form.
 
-A task's `grammar` is a Lark grammar in llguidance's dialect. It may use rules of `shared_rules` without
-defining them: `span` and `seconds` know the window at hand, so that no answer leaves it, and `corners`, `box`
-and `point` put coordinates in order, which a context-free grammar can't say briefly.
+A task's `grammar` is a Lark grammar in llguidance's dialect. It speaks of a whole window of ten seconds; for
+a shorter one its rule `span` is narrowed, so that no event starts after the clip's end.
 """
 
 from __future__ import annotations
@@ -12,22 +11,26 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crab_edge.errors import DependencyError, EngineError, TaskError
-from crab_edge.tasks import FRAME_SIDE, MODEL_CONTEXT, MediaContext, Task
+from crab_edge.tasks import MODEL_CONTEXT, MediaContext, Task
 
 if TYPE_CHECKING:
     from crab_edge.bundle import Bundle
 
 #: The last second of a window that answers speak of.
 LAST_SECOND = 10
+# A rule of the name `span` with its alternatives on further lines.
+_SPAN_RULE = re.compile(r"^span[ \t]*:.*\n(?:[ \t]+\|.*\n)*", re.MULTILINE)
 # Letters that open different words lead to completions of different length; one of these few is short enough.
 _LETTERS_TRIED = 3
+# What tells places in an answer apart, few marks first: the more, the longer the search.
+_MARKS = tuple(map(re.compile, (rb"[<(\[]|[0-9][,;:)\]]", rb"[^A-Za-z0-9 ]", rb"(?s:.)")))
 # A search this wide means that the grammar has no end within reach.
 _SEARCH_LIMIT = 20_000
 
@@ -50,53 +53,18 @@ def start_seconds(context: MediaContext) -> int:
     return max(1, next(inside, LAST_SECOND))
 
 
-@lru_cache(maxsize=32)
-def shared_rules(starts: int) -> dict[str, str]:
-    """Rules by name, for grammars that use them. `starts`: how many seconds an event may start at.
+def for_window(lark: str, starts: int) -> str:
+    """The grammar with its rule `span`, if it has one, narrowed to events that start in the window.
 
-    - `span`: "(S E)", `seconds`: "S E)", whole seconds, S < E <= 10, S < `starts`
-    - `corners`: "(x1,y1)(x2,y2)", `box`: "[x1,y1,x2,y2]", x1 < x2 <= 224, y1 < y2 <= 224 (223 in `box`, as
-      the reference refuses the edge there)
-    - `point`: "[x,y]", 0..223
+    `span` is "(S E)" in whole seconds, S < E <= 10; afterwards S < `starts` holds too.
     """
-    seconds = ["seconds: " + " | ".join(f'"{first} " ends_after_{first}' for first in range(starts))]
+    if starts >= LAST_SECOND:
+        return lark
+    spans = []
     for first in range(starts):
         ends = " | ".join(f'"{last})"' for last in range(first + 1, LAST_SECOND + 1))
-        seconds.append(f"ends_after_{first}: {ends}")
-    spans = "\n".join(seconds)
-    pixels = range(FRAME_SIDE)
-    point = " | ".join(f'"{x},"' for x in pixels), " | ".join(f'"{y}]"' for y in pixels)
-    return {
-        "span": f'span: "(" seconds\n{spans}',
-        "seconds": spans,
-        "corners": _rectangle("corners", "(", ")(", ")", FRAME_SIDE),
-        "box": _rectangle("box", "[", ",", "]", FRAME_SIDE - 1),
-        "point": f'point: "[" point_x point_y\npoint_x: {point[0]}\npoint_y: {point[1]}',
-    }
-
-
-def _rectangle(name: str, opening: str, between: str, closing: str, last: int) -> str:
-    """Two corners in order. The rules' parameter carries x1 in its bits 0-7 and y1 in its bits 8-15."""
-    low, high = range(last), range(1, last + 1)
-    left = (f'"{x}," {name}_top::bit_or({x})' for x in low)
-    top = (f'"{y}{between}" {name}_right::bit_or({y << 8})' for y in low)
-    right = (f'"{x}," {name}_bottom::_ %if lt([0:8], {x})' for x in high)
-    bottom = (f'"{y}{closing}" %if lt([8:16], {y})' for y in high)
-    rules = [f'{name}: "{opening}" {name}_left::0x0']
-    for part, forms in (("left", left), ("top", top), ("right", right), ("bottom", bottom)):
-        rules.append(f"{name}_{part}::_ : " + " | ".join(forms))
-    return "\n".join(rules)
-
-
-def complete_grammar(lark: str, starts: int = LAST_SECOND) -> str:
-    """The grammar with the shared rules that it uses and doesn't define."""
-    parts = [lark]
-    defined = set(re.findall(r"^([a-z_]+)\b[^:\n]*:", lark, re.MULTILINE))
-    words = set(re.findall(r"[a-z_]+", re.sub(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/', " ", lark)))
-    for name, rules in shared_rules(starts).items():
-        if name in words - defined and not (name == "seconds" and "span" in words - defined):
-            parts.append(rules)
-    return "\n".join(parts)
+        spans.append(f'"({first} " ({ends})')
+    return _SPAN_RULE.sub("span: " + "\n    | ".join(spans) + "\n", lark)
 
 
 class _Outlook(NamedTuple):
@@ -172,27 +140,36 @@ class Vocabulary:
 
         EngineError when none is found.
         """
+        for marks in _MARKS:
+            text = self._search(matcher, marks)
+            if text is not None:
+                return self.ids(text)
+        raise EngineError("no end of the grammar was found; bound its repetitions")
+
+    def _search(self, matcher: Any, marks: re.Pattern[bytes]) -> bytes | None:
+        """Shortest first over characters. States count as the same when they look alike two steps ahead and
+        as many `marks` stand before them: without that, the second of two points would pass for the first.
+        """
         order = itertools.count()
         here = matcher.deep_copy()
         heap: list[tuple[int, int, Any, bytes, _Outlook]] = [(0, 0, here, b"", self._outlook(here))]
-        seen: set[tuple[_Outlook, tuple[_Outlook, ...]]] = set()
+        seen: set[tuple[int, _Outlook, tuple[_Outlook, ...]]] = set()
         while heap and next(order) < _SEARCH_LIMIT:
             length, _, state, text, outlook = heapq.heappop(heap)
             if outlook.accepting:
-                return self.ids(text)
+                return text
             children = []
             for step in [outlook.forced] if outlook.forced else [bytes([byte]) for byte in outlook.choices]:
                 child = state.deep_copy()
                 if child.consume_tokens(self.ids(step)):
                     children.append((step, child, self._outlook(child)))
-            # States that look alike two steps ahead count as the same; the first came the shorter way.
-            alike = outlook, tuple(look for _, _, look in children)
+            alike = len(marks.findall(text)), outlook, tuple(look for _, _, look in children)
             if alike in seen:
                 continue
             seen.add(alike)
             for step, child, look in children:
                 heapq.heappush(heap, (length + len(step), next(order), child, text + step, look))
-        raise EngineError("no end of the grammar was found; bound its repetitions")
+        return None
 
     def _outlook(self, state: Any) -> _Outlook:
         if state.is_accepting():
@@ -243,7 +220,7 @@ class Grammars:
 
     def form(self, task: Task, context: MediaContext = MODEL_CONTEXT) -> Form:
         """The task's grammar for a window. TaskError when it doesn't compile."""
-        lark = complete_grammar(task.grammar, start_seconds(context))
+        lark = for_window(task.grammar, start_seconds(context))
         if lark not in self._forms:
             try:
                 matcher = self.vocabulary.compile(lark)

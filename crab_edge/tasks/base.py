@@ -112,7 +112,7 @@ class Task:
       isn't scored. `question(record)`: what fills the slot.
     - `targets`: the train record's field(s) holding the answer text, first one present.
     - `grammar`: a Lark grammar (llguidance's dialect) of the tagged part of an answer, every sentence of
-      which parses; "" is free text. It may use the rules of `crab_edge.grammar.shared_rules`.
+      which parses; "" is free text. A rule `span`, "(S E)" in whole seconds, is narrowed to shorter windows.
       `opens`: the strings that the tagged part may begin with; none = no free text comes before it.
       `form`: the grammar for people.
     - `metric`: name in `crab_edge.tasks.metrics`; `bars`: figure name (optionally `name@split`) -> what the

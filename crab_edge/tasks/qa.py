@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from crab_edge.results import Choice, Result, Unparsed
+from crab_edge.tasks import grammars
 from crab_edge.tasks import text as read
 from crab_edge.tasks.base import MODEL_CONTEXT, Bar, MediaContext, Parsed, Record, Task, required
 from crab_edge.tasks.recipes import IMAGE_AUDIO, VIDEO_10_REWINDOW
 
 _EDGES = " .,;:!?\"'`"
-ANSWER_GRAMMAR = r"""
-start: "<answer>" VALUE "</answer>" "."?
-VALUE: /[A-Za-z0-9][A-Za-z0-9 ,.'_\/\-]{0,60}/
-"""
 
 
 def parse_answer(answer: str, context: MediaContext = MODEL_CONTEXT) -> Parsed:
@@ -49,7 +46,7 @@ TASKS = (
         parse=parse_answer,
         render=render_answer,
         truth=_truth_avqa,
-        grammar=ANSWER_GRAMMAR,
+        grammar=grammars.answer(),
         form="<answer>WORD OR NUMBER</answer>",
         opens=("<answer>",),
         metric="music-avqa",

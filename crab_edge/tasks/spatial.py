@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from crab_edge.results import Box, Choice, Result, Unparsed
+from crab_edge.tasks import grammars
 from crab_edge.tasks import text as read
 from crab_edge.tasks.base import FRAME_SIDE, MODEL_CONTEXT, Bar, MediaContext, Parsed, Record, Task, required
 from crab_edge.tasks.recipes import IMAGE_AUDIO
@@ -23,11 +24,6 @@ _LABEL_END = re.compile(
 _EDGES = " .,;:"
 #: Crab's test lists mark a frame without a sounding object by this x.
 _NOTHING_SOUNDS_X = 1000
-# A label that holds such a sentence itself would be read as another object.
-_GRAMMAR = r"""
-start: "The sounding object is " LABEL ". Its coordinates are <obj>" corners "</obj>" "."?
-LABEL: /[A-Za-z][A-Za-z0-9 ,'_\/\-]{0,60}/ & ~/.* (is|are|its|the) .*/
-"""
 
 
 def _parse_arig(answer: str, context: MediaContext = MODEL_CONTEXT) -> Parsed:
@@ -106,8 +102,11 @@ TASKS = (
         parse=_parse_arig,
         render=_render_arig,
         truth=_truth_arig,
-        grammar=_GRAMMAR,
-        opens=("The sounding object is ",),
+        grammar=(
+            'start: "The sounding object is " OBJECT ". Its coordinates are <obj>(" box "</obj>."\n'
+            f"OBJECT: {grammars.OBJECT}\n{grammars.box((',', ')(', ',', ')'))}"
+        ),
+        opens=("The sounding object is",),
         form=(
             "The sounding object is LABEL. Its coordinates are <obj>(X1,Y1)(X2,Y2)</obj>. ; "
             "0..224, X1 < X2, Y1 < Y2"

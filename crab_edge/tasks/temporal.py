@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from crab_edge.results import Event, Modality, Result, Unparsed
+from crab_edge.tasks import grammars
 from crab_edge.tasks import text as read
 from crab_edge.tasks.base import MODEL_CONTEXT, Bar, MediaContext, Parsed, Record, Task, required
 from crab_edge.tasks.recipes import VIDEO_10
@@ -19,19 +20,17 @@ _AVVP_TAGS: dict[str, Modality] = {
     "audio_event": _AUDIO,
     "audio": _AUDIO,
 }
-#: What stands before a time range: a label, which may hold commas and one bracketed word, and the bracket.
-_HEAD = r"/[A-Za-z][A-Za-z0-9 ,'_\/\-]{0,60}([ _]\([a-z]+\))?, ?\(/"
-_AVE_GRAMMAR = rf"""
-start: event ((", " | "," | " ")? event){{0,7}} "."?
-event: "<event>" HEAD seconds span{{0,5}} "</event>"
-HEAD: {_HEAD}
-"""
-_AVVP_GRAMMAR = rf"""
-start: (visual | audio){{1,12}} "."?
-visual: "<visual_event>" HEAD seconds span{{0,5}} "</visual_event>"
-audio: "<audio_event>" HEAD seconds span{{0,5}} "</audio_event>"
-HEAD: {_HEAD}
-"""
+_AVE_GRAMMAR = (
+    'start: event (", " event){0,5}\n'
+    'event: "<event>" NAME span{1,5} "</event>"\n'
+    f'NAME: {grammars.LABEL} ", "\n{grammars.spans()}'
+)
+_AVVP_GRAMMAR = (
+    "start: seen{1,6} heard{0,6} | heard{1,6}\n"
+    'seen: "<visual_event>" NAME span{1,5} "</visual_event>"\n'
+    'heard: "<audio_event>" NAME span{1,5} "</audio_event>"\n'
+    f'NAME: {grammars.LABEL} ","\n{grammars.spans()}'
+)
 
 
 def _event(label: str, span: tuple[float, float] | Unparsed, modality: Modality) -> Result:

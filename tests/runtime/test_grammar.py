@@ -12,7 +12,7 @@ from crab_edge import tasks
 from crab_edge.bundle import Bundle, default_bundle
 from crab_edge.clip import Window
 from crab_edge.errors import DependencyError, InputError, TaskError
-from crab_edge.grammar import Grammars, complete_grammar, start_seconds
+from crab_edge.grammar import Grammars, for_window, start_seconds
 from crab_edge.guide import FREE_TOKENS, guide
 from crab_edge.results import Box, Choice, Event, Unparsed
 from crab_edge.session import Model
@@ -123,7 +123,7 @@ def test_an_opening_opens_every_sentence(grammars, task):
 
 
 @pytest.mark.parametrize(
-    "text", [AVE, "A dog barks. <event>dog, (0 1)(3 9)</event>", "<event>a, b, (1 2)</event>."]
+    "text", [AVE, "A dog barks. <event>dog, (0 1)(3 9)</event>", "Well: <event>a, b, (1 2)(4 9)</event>"]
 )
 def test_what_fits_the_form_comes_out_as_it_was(bundle, grammars, text):
     assert say(grammars, tasks.get("ave"), said_by(bundle, text)) == text
@@ -199,20 +199,22 @@ def test_a_caption_is_never_empty(bundle, grammars):
     assert say(grammars, task, said_by(bundle, "a dog")) == "a dog"
 
 
-def test_shared_rules_come_only_when_used():
-    lark = 'start: "<a>" span\n'
-    assert complete_grammar(lark, 3).count("ends_after_2:") == 1 and "ends_after_3" not in complete_grammar(
-        lark, 3
-    )
-    assert complete_grammar('start: "span box"\n') == 'start: "span box"\n'
-    assert complete_grammar('start: span\nspan: "x"\n') == 'start: span\nspan: "x"\n'
+def test_only_the_rule_span_is_narrowed():
+    lark = 'start: "<a>" span "b"\nspan: "(0 " "1)"\n    | "(9 " "10)"\nNAME: /span: x/\n'
+    narrow = for_window(lark, 2)
+    assert for_window(lark, 10) == lark and '"(1 " ("2)" |' in narrow and '"(2 ' not in narrow
+    assert narrow.startswith('start: "<a>" span "b"\nspan: "(0 "') and narrow.endswith("\nNAME: /span: x/\n")
+    assert for_window('start: "x"\n', 2) == 'start: "x"\n'
 
 
-def test_shared_rectangles_and_points(grammars):
-    matcher = grammars.vocabulary.compile(complete_grammar('start: box " " point'))
-    for text, fits in (("[9,1,10,2] [223,0]", 18), ("[9,1,8,", 6), ("[0,0,223,2", 10), ("[0,0,224", 7)):
-        ids = [grammars.vocabulary.byte_ids[ord(char)] for char in text]
-        assert matcher.deep_copy().try_consume_tokens(ids) == fits, text
+def test_repeated_parts_are_told_apart(grammars):
+    point = 'point: "[" NUMBER "," NUMBER "]"\nNUMBER: /[0-9]{1,2}/\n'
+    for lark, text in (
+        (f'start: point "," point "," point "."\n{point}', b"[0,0],[0,0],[0,0]."),
+        (f'start: "a" NAME ("," DIGIT){{6}}\nNAME: /[a-z]+/\nDIGIT: /[0-9]/\n{point}', b"az,0,0,0,0,0,0"),
+    ):
+        found = grammars.vocabulary.completion(grammars.vocabulary.compile(lark))
+        assert b"".join(map(grammars.vocabulary.bytes_of, found)) == text
 
 
 def test_wrong_declarations_are_named(grammars):

@@ -1,0 +1,68 @@
+"""Lark grammars of the tagged parts of answers, in llguidance's dialect: whatever they allow parses.
+
+A lexeme takes as much text as it can, and never gives any back: so a name and the mark that ends it are one
+terminal wherever the name may hold the mark's characters. Boxes use parametric rules: the corner written
+first is remembered in the rule's number, and the second one must lie to the right of it and below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+#: The model's seconds run to here, its pixels to there.
+WINDOW_SECONDS = 10
+SIDE = 224
+
+_EDGE = r"[A-Za-z0-9]"
+_INNER = r"[A-Za-z0-9 ,'_\/\-]"
+#: An open label of up to 60 characters, with one word in brackets at most ("Frying (food)").
+LABEL = rf"/[A-Za-z]({_INNER}{{0,44}}{_EDGE})?([ _]\([a-z]{{1,12}}\))?/"
+#: A label that doesn't itself begin the next sentence about an object.
+OBJECT = rf"{LABEL} & ~/(?i:.*object.*)/"
+#: An open answer: a word, a number, an option.
+ANSWER = r"/[A-Za-z0-9]([A-Za-z0-9 ,'_\/\-.&()]{0,78}[A-Za-z0-9)])?/"
+
+
+def answer(*values: str) -> str:
+    """`<answer>X</answer>` with one of these values; with none, anything short."""
+    choice = " | ".join(f'"{value}"' for value in values)
+    if choice:
+        return f'start: "<answer>" ({choice}) "</answer>"\n'
+    return f'start: "<answer>" ANSWER "</answer>"\nANSWER: {ANSWER}\n'
+
+
+def spans(seconds: int = WINDOW_SECONDS) -> str:
+    """The rule `span`: "(S E)" in whole seconds, 0 <= S < E <= `seconds`."""
+    lines = []
+    for start in range(seconds):
+        ends = " | ".join(f'"{end})"' for end in range(start + 1, seconds + 1))
+        lines.append(f'"({start} " ({ends})')
+    return "span: " + "\n    | ".join(lines) + "\n"
+
+
+def box(separators: Sequence[str], rule: str = "box") -> str:
+    """The rule `box`: whole pixels x1, y1, x2, y2 with x1 < x2 and y1 < y2, each followed by its separator.
+
+    The parameter's lowest byte holds x1, the next one y1.
+    """
+    names = [f"{rule}_{name}" for name in ("x1", "y1", "x2", "y2")]
+    lines = [f"{rule}: {names[0]}::0"]
+    for place, (name, separator) in enumerate(zip(names, separators, strict=True)):
+        shift = 8 * (place % 2)
+        choices = []
+        for value in range(SIDE) if place < 2 else range(1, SIDE + 1):
+            literal = f'"{value}{separator}"'
+            if place < 2:
+                choices.append(f"{literal} {names[place + 1]}::bit_or({value << shift})")
+            else:
+                following = f" {names[3]}::_" if place == 2 else ""
+                choices.append(f"{literal}{following} %if lt([{shift}:{shift + 8}], {value})")
+        lines.append(f"{name}::_ : " + "\n    | ".join(choices))
+    return "\n".join(lines) + "\n"
+
+
+#: The rule `point`: [x,y] inside the frame.
+POINT = (
+    'point: "[" COORDINATE "," COORDINATE "]"\n'
+    f"COORDINATE: /[0-9]|[1-9][0-9]|1[0-9][0-9]|2[01][0-9]|22[0-{SIDE - 221}]/\n"
+)
