@@ -94,7 +94,12 @@ def _index(key: str) -> int:
 
 
 def run_split(
-    model: Any, split: Split, path: Path, advance: Callable[[], None] = lambda: None
+    model: Any,
+    split: Split,
+    path: Path,
+    advance: Callable[[], None] = lambda: None,
+    *,
+    grammar: bool = False,
 ) -> PredictionFile:
     """Ask the model every record of a list that has no answer in `path` yet.
 
@@ -114,7 +119,7 @@ def run_split(
                 if open_media[0] != record.media:
                     open_media = (None, None)  # let go of the last clip before the next is decoded
                     open_media = (record.media, _open(model, record))
-                row = _ask(open_media[1], record, started)
+                row = _ask(open_media[1], record, started, grammar)
                 failures = 0
             except (BundleError, DependencyError):
                 raise
@@ -136,9 +141,10 @@ def _open(model: Any, record: TestRecord) -> Any:
     return model.open(*(path for path, _ in record.media), kinds={path: kind for path, kind in record.media})
 
 
-def _ask(session: Any, record: TestRecord, started: float) -> Row:
+def _ask(session: Any, record: TestRecord, started: float, grammar: bool) -> Row:
     task = tasks.get(record.task)
-    answer = session.ask(record.question, task=task.name, **_part(record))
+    options = {**_part(record), **({"grammar": True} if grammar else {})}
+    answer = session.ask(record.question, task=task.name, **options)
     duration = float(session.clip.duration_s)
     own: Row = {"seconds": time.perf_counter() - started, "duration_s": duration}
     if task.media.windowed and len(session.clip.windows()) > 1:

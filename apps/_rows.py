@@ -20,13 +20,22 @@ NAME = "rows.jsonl"
 class RowFile:
     """The rows of one output folder, as a context manager that keeps a second run out.
 
-    A row is known by its file's SHA-256 (its path if it couldn't be read), the bundle, the task and the
-    question: it is written once, whatever the number of runs.
+    A row is known by its file's SHA-256 (its path if it couldn't be read), the bundle, the task, the question
+    and whether it was held to the task's grammar: it is written once, whatever the number of runs.
     """
 
-    def __init__(self, folder: Path, *, bundle: str, engine: dict[str, Any], question: str | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        bundle: str,
+        engine: dict[str, Any],
+        question: str | None,
+        grammar: bool = False,
+    ) -> None:
         self.path = folder / NAME
         self._bundle, self._engine, self._question = bundle, engine, question
+        self._grammar = grammar
         self._file: BinaryIO | None = None
         self._known: dict[tuple[str, str], list[str]] = {}
         """Paths of the rows that are there, by content and task."""
@@ -76,7 +85,8 @@ class RowFile:
         self._file.seek(0, os.SEEK_END)
 
     def _learn(self, row: dict[str, Any]) -> None:
-        if row["bundle"] == self._bundle and row.get("question") == self._asked(row["task"]):
+        same = row["bundle"] == self._bundle and row.get("grammar", False) == self._grammar
+        if same and row.get("question") == self._asked(row["task"]):
             self._remember(row["sha256"], row["media"][0], row["task"])
 
     def _remember(self, sha256: str | None, media: str, task: str) -> None:
@@ -109,6 +119,8 @@ class RowFile:
         """Appends one row; it is with the operating system when this returns."""
         assert self._file is not None
         content = row.to_json(bundle=self._bundle, engine=self._engine, question=self._asked(row.task))
+        if self._grammar:
+            content["grammar"] = True
         line = json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         place = self._file.tell()
         try:

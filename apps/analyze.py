@@ -31,6 +31,9 @@ def command(
     engine: Annotated[str, typer.Option("--engine", "-e", help="Engine that runs the bundle.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all there are.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    grammar: Annotated[
+        bool, typer.Option("--grammar/--no-grammar", help="Hold answers to their task's form.")
+    ] = False,
 ) -> None:
     """Run tasks over many clips; a file that can't be used becomes an error row and the run goes on."""
     from crab_edge_apps._rows import RowFile
@@ -51,8 +54,11 @@ def command(
     model = crab_edge.load(bundle, engine, threads=threads)
     run = _Run(len(files), len(names))
     described = model.engine.describe()
-    with RowFile(out, bundle=model.bundle.identity, engine=described, question=question) as rows:
-        _work(model, files, names, rows, run, question=question, max_new_tokens=max_tokens)
+    if grammar:
+        model.grammars()
+    of = {"bundle": model.bundle.identity, "engine": described, "question": question, "grammar": grammar}
+    with RowFile(out, **of) as rows:
+        _work(model, files, names, rows, run, question=question, max_new_tokens=max_tokens, grammar=grammar)
     run.report(rows.path)
     if run.interrupted:
         raise KeyboardInterrupt

@@ -39,6 +39,9 @@ def command(
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all there are.")] = None,
     max_minutes: Annotated[float, typer.Option(help="Refuse longer clips; `analyze` takes any.")] = 10.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    grammar: Annotated[
+        bool, typer.Option("--grammar/--no-grammar", help="Hold answers to their task's form.")
+    ] = False,
 ) -> None:
     """Run every task that applies to a clip, or answer a question about it."""
     started = time.perf_counter()
@@ -61,9 +64,9 @@ def command(
     session = _open(media, kinds, bundle, engine, threads, max_minutes)
     model = session.model
     if question is not None and len(names) <= 1 and not as_json:
-        answers = [_stream(session, question, names[0] if names else None, max_tokens)]
+        answers = [_stream(session, question, names[0] if names else None, max_tokens, grammar)]
     else:
-        answers = _answers(session, question, names, max_tokens)
+        answers = _answers(session, question, names, max_tokens, grammar)
         if not as_json:
             render.heading(session.clip, media)
             for answer in answers:
@@ -109,7 +112,9 @@ def _open(
     return crab_edge.load(bundle, engine, threads=threads).open(clip)
 
 
-def _answers(session: Session, question: str | None, names: list[str], limit: int) -> list[Answer]:
+def _answers(
+    session: Session, question: str | None, names: list[str], limit: int, grammar: bool
+) -> list[Answer]:
     from crab_edge import tasks
     from crab_edge.errors import TaskError
 
@@ -120,17 +125,17 @@ def _answers(session: Session, question: str | None, names: list[str], limit: in
                 f"no task of {', '.join(names)} takes a question; leave it out or use --task avqa"
             )
     if names:
-        return session.ask_all(names, question, max_new_tokens=limit)
-    answers = session.ask(max_new_tokens=limit)
+        return session.ask_all(names, question, max_new_tokens=limit, grammar=grammar)
+    answers = session.ask(max_new_tokens=limit, grammar=grammar)
     return answers if isinstance(answers, list) else [answers]
 
 
-def _stream(session: Session, question: str, name: str | None, limit: int) -> Answer:
+def _stream(session: Session, question: str, name: str | None, limit: int, grammar: bool) -> Answer:
     """Prints the answer as it comes, then what was understood of it."""
     from crab_edge_apps import render
     from crab_edge_apps._text import printable
 
-    stream = session.stream(question, name, max_new_tokens=limit)
+    stream = session.stream(question, name, max_new_tokens=limit, grammar=grammar)
     for piece in stream:
         sys.stdout.write(printable(piece))
         sys.stdout.flush()

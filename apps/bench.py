@@ -45,7 +45,8 @@ def command(
     ] = None,
     task: Annotated[str, typer.Option(help="With --ask: the task.")] = "ave",
     bundle: Annotated[
-        Path | None, typer.Option("--bundle", "-b", help="With --ask: the bundle; default: the packaged one.")
+        Path | None,
+        typer.Option("--bundle", "-b", help="For --ask and --grammar's cost; default: the packaged one."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the tables.")] = False,
 ) -> None:
@@ -91,11 +92,28 @@ def command(
         )
         if not as_json:
             _print(results[-1])
+    results += _grammar(bundle, as_json)
     if as_json:
         print(json.dumps(results))
     for result in results:
-        if result["problems"]:
+        if result.get("problems"):
             raise CrabError(f"bench {result['shape']}: {'; '.join(result['problems'])}")
+
+
+def _grammar(bundle: Path | None, as_json: bool) -> list[dict[str, Any]]:
+    """What constrained answers cost for each token: [] without llguidance, which is then said."""
+    from crab_edge_apps import _bench_grammar
+
+    from crab_edge.errors import DependencyError
+
+    try:
+        result = _bench_grammar.measure(bundle)
+    except DependencyError as error:
+        print(f"--grammar's cost isn't measured: {error}", file=sys.stderr)
+        return []
+    if not as_json:
+        _bench_grammar.show(result)
+    return [{"grammar": result}]
 
 
 def measure(

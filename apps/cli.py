@@ -30,6 +30,7 @@ EXTRAS = {
     "export": ("onnx", "onnxscript", "onnx_ir", "optimum"),
     "segment": ("cv2",),
     "demo": ("gradio",),
+    "grammar": ("llguidance",),
 }
 INTRODUCTION = "Ask audio-visual language models about clips, on this machine."
 

@@ -39,6 +39,9 @@ def evaluate(
         Path, typer.Option(help="Predictions go here; a second run goes on where it stopped.")
     ] = DEFAULT_OUT,
     engine: Annotated[str, typer.Option(help="Engine to run on.")] = "auto",
+    grammar: Annotated[
+        bool, typer.Option("--grammar/--no-grammar", help="Hold answers to their task's form.")
+    ] = False,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out records whose media are missing.")
     ] = False,
@@ -69,6 +72,7 @@ def evaluate(
         limit=limit,
         out=out,
         engine=engine,
+        grammar=grammar,
         skip_missing=skip_missing,
         console=Console(stderr=True),
     )
@@ -97,14 +101,16 @@ def run(
     limit: int | None = None,
     out: Path = DEFAULT_OUT,
     engine: str = "auto",
+    grammar: bool = False,
     skip_missing: bool = False,
     console: Any = None,
 ) -> Report:
     """All of `evaluate` but the printing: reads every list first, then runs the models one after the other.
 
-    Predictions land in `out/<bundle's identity>/inference_<task>.jsonl`. `names` empty = every task; a task
-    whose list is absent is reported as absent. InputError for a missing folder or media file, and when none
-    of `names` has a list; DependencyError when masks are needed and can't be made.
+    Predictions land in `out/<bundle's identity>/inference_<task>.jsonl`, with `grammar` in a folder of their
+    own (`...+grammar`). `names` empty = every task; a task whose list is absent is reported as absent.
+    InputError for a missing folder or media file, and when none of `names` has a list; DependencyError when
+    masks are needed and can't be made.
     """
     from crab_edge.avuie import check_media
 
@@ -115,7 +121,7 @@ def run(
     if not skip_missing:
         check_media([split for _, split in chosen])
     _masks.check([task for task, _ in chosen])
-    identity, scores, per_sample = _measure(bundle, chosen, out, engine, console)
+    identity, scores, per_sample = _measure(bundle, chosen, out, engine, console, grammar)
     report = Report(identity, scores, absent)
     for _, split in chosen:
         missing = sum(bool(record.missing) for record in split.records)
@@ -125,7 +131,7 @@ def run(
         if mix:
             report.mix[f"{split.task} {split.name}"] = mix
     if against is not None:
-        report.against, _, other = _measure(against, chosen, out, engine, console)
+        report.against, _, other = _measure(against, chosen, out, engine, console, grammar)
         _compare(report, per_sample, other)
     return report
 
@@ -154,7 +160,12 @@ Scores = dict[str, dict[str, float]]
 
 
 def _measure(
-    bundle: Path | None, chosen: list[tuple[Task, Split]], out: Path, engine: str, console: Any
+    bundle: Path | None,
+    chosen: list[tuple[Task, Split]],
+    out: Path,
+    engine: str,
+    console: Any,
+    grammar: bool = False,
 ) -> tuple[str, list[Any], Scores]:
     """The bundle's identity, its scores by list, and every sample's score by list and record."""
     import crab_edge
@@ -164,15 +175,17 @@ def _measure(
     from ._predictions import collect, file_name, run_split
 
     model = crab_edge.load(bundle, engine=engine)
-    identity = str(model.bundle.identity)
-    folder = out / re.sub(r"[^\w.@-]+", "_", identity)
+    identity = str(model.bundle.identity) + ("+grammar" if grammar else "")
+    if grammar:
+        model.grammars()
+    folder = out / re.sub(r"[^\w.@+-]+", "_", identity)
     found, per_sample = [], {}
     with _progress(console) as progress:
         total = progress.add_task(f"{identity}", total=sum(len(split.records) for _, split in chosen))
         for task, split in chosen:
             progress.update(total, description=f"{task.name} {split.name}")
             path = folder / file_name(task.name, split.variant)
-            predictions = run_split(model, split, path, lambda: progress.advance(total))
+            predictions = run_split(model, split, path, lambda: progress.advance(total), grammar=grammar)
             pairs = collect(split, predictions.rows)
             if pairs:
                 told = [prediction for _, prediction in pairs]

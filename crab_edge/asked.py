@@ -20,6 +20,7 @@ class Asked:
     """A task with its instruction; `limit` bounds the tokens of each window's text.
 
     `frame`: the picture's number among the parts of the audio, for tasks that hear one of them.
+    `grammar`: the text is held to the task's form.
     """
 
     task: Task
@@ -31,6 +32,7 @@ class Asked:
     cancelled: Callable[[], bool] | None
     notices: list[str]
     frame: int | None = None
+    grammar: bool = False
     spent: Spent = field(default_factory=Spent)
     complete: bool = False
     _raws: list[str] = field(default_factory=list)

@@ -107,22 +107,28 @@ def analyze(
     *,
     question: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    grammar: bool = False,
     skip: Callable[[str | None, str, str], bool] | None = None,
     ahead: int = 2,
     stop: threading.Event | None = None,
 ) -> Iterator[Row]:
     """One row for each media file under `paths` and each task, as soon as it is there.
 
-    `question` goes to the tasks that need one. `skip(sha256, media, task)` leaves a row out. Up to `ahead`
-    clips are decoded before their turn. `stop` ends the run after the clip at hand. An unknown task raises
-    TaskError before anything is read; whatever is wrong with one file becomes its rows' `error`.
+    `question` goes to the tasks that need one; `grammar` holds answers to their form.
+    `skip(sha256, media, task)` leaves a row out. Up to `ahead` clips are decoded before their turn. `stop`
+    ends the run after the clip at hand. An unknown task raises TaskError before anything is read; whatever is
+    wrong with one file becomes its rows' `error`.
     """
     for name in tasks:
         task = task_registry.get(name)
         task.prompt(question if task.needs_question else None)
     if not tasks:
         raise InputError("name at least one task")
-    ask = functools.partial(Session.ask_all, question=question, max_new_tokens=max_new_tokens)
+    if grammar:
+        model.grammars()
+    ask = functools.partial(
+        Session.ask_all, question=question, max_new_tokens=max_new_tokens, grammar=grammar
+    )
     return _rows(model, find_media(paths), list(tasks), ask, skip, ahead, stop or threading.Event())
 
 

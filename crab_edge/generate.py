@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from crab_edge.bundle import Bundle
     from crab_edge.engines import Engine
+    from crab_edge.guide import Guide
 
 PREFILL_CHUNK = 1024
 KEPT_ENCODINGS = 8
@@ -119,10 +120,12 @@ class Generator:
         position: int,
         limit: int,
         cancelled: Callable[[], bool] | None,
+        guide: Guide | None = None,
     ) -> Iterator[int]:
         """Greedy tokens up to the end token (left out), `limit`, or `cancelled`.
 
-        Afterwards `ended` says whether the model itself ended the answer.
+        With a `guide`, greedy among the tokens that it allows. Afterwards `ended` says whether the answer
+        came to its own end: the model ended it, or its form did, and the limit had no part in it.
         """
         model = self.bundle.manifest.model
         self.ended = False
@@ -135,10 +138,15 @@ class Generator:
                 raise EngineError(
                     "the decoder's logits aren't finite; rebuild the bundle with `crab-edge export`"
                 )
+            if guide is not None:
+                token = guide.choose(logits, limit - count)
             if token in model.eos_ids:
-                self.ended = True
+                self.ended = guide is None or not guide.shortened
                 return
             yield token
+            if guide is not None and guide.finished:
+                self.ended = not guide.shortened
+                return
             if count + 1 < limit:
                 embeds = self.bundle.embedding.rows(np.array([token]))[None]
                 logits = self.engine.forward(embeds, np.full((3, 1, 1), position + count, np.int64))

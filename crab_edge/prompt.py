@@ -118,6 +118,10 @@ class PromptBuilder:
         """Number of ids, special tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def tokenizer_json(self) -> str:
+        """The tokenizer as `tokenizer.json` has it, for other libraries that read this form."""
+        return self._tokenizer.to_str()
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; special tokens spelled in it are not recognised."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids

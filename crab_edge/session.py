@@ -19,6 +19,7 @@ from crab_edge.bundle import Bundle, default_bundle
 from crab_edge.clip import Clip, Window
 from crab_edge.errors import CrabError, InputError, TaskError
 from crab_edge.generate import Generator
+from crab_edge.guide import guide
 from crab_edge.resolved import Spent, context, heard, misfit, resolve, streams, unused, windows
 from crab_edge.results import Answer
 from crab_edge.tasks import MediaRecipe, Task
@@ -26,6 +27,7 @@ from crab_edge.tasks import MediaRecipe, Task
 if TYPE_CHECKING:
     from crab_edge.batch import Row
     from crab_edge.engines import Engine
+    from crab_edge.grammar import Grammars
 
 QUESTION_TASK = "avqa"
 MAX_NEW_TOKENS = 512
@@ -56,6 +58,7 @@ class Model:
         self._generator = Generator(bundle, engine)
         self._lock = threading.Lock()
         self._owner: int | None = None
+        self._grammars: Grammars | None = None
 
     def open(
         self,
@@ -87,6 +90,14 @@ class Model:
         from crab_edge.batch import analyze
 
         return analyze(self, paths, tasks, **options)
+
+    def grammars(self) -> Grammars:
+        """The tasks' grammars compiled for this bundle. DependencyError without the extra `grammar`."""
+        if self._grammars is None:
+            from crab_edge.grammar import Grammars
+
+            self._grammars = Grammars(self.bundle)
+        return self._grammars
 
     def _acquire(self) -> None:
         if self._owner == threading.get_ident():
@@ -148,21 +159,28 @@ class Session:
         frame: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
+        grammar: bool = False,
     ) -> Answer | list[Answer]:
         """One answer to a question or a task; with neither, the answers of every task that applies.
 
         Of tasks that show and ask the same (data sets of one kind), the first is asked. `frame`: which of
         the five or ten equal parts of its video's sound a picture belongs to, for the tasks that hear one
-        part of it. Raises TaskError for a task that is unknown, doesn't take this clip, or needs a question.
+        part of it. With `grammar` the tagged part of an answer is held to its task's form, so that it always
+        parses (unless it is `cancelled` half-way). Raises TaskError for a task that is unknown, doesn't take
+        this clip, or needs a question; DependencyError for `grammar` without the extra of that name.
         """
+        how: dict[str, Any] = {
+            "frame": frame,
+            "max_new_tokens": max_new_tokens,
+            "cancelled": cancelled,
+            "grammar": grammar,
+        }
         if question is not None or task is not None:
-            return self.stream(
-                question, task, frame=frame, max_new_tokens=max_new_tokens, cancelled=cancelled
-            ).answer
+            return self.stream(question, task, **how).answer
         names = [task.name for task in tasks.distinct(self.applicable()) if not task.needs_question]
         if not names:
             raise TaskError(f"no task takes this clip without a question; {self._hint()}")
-        return self.ask_all(names, frame=frame, max_new_tokens=max_new_tokens, cancelled=cancelled)
+        return self.ask_all(names, **how)
 
     def ask_all(
         self,
@@ -172,6 +190,7 @@ class Session:
         frame: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
+        grammar: bool = False,
     ) -> list[Answer]:
         """Several tasks, answered in the order given; `question` and `frame` go to those that use them.
 
@@ -179,7 +198,12 @@ class Session:
         """
         asked = [
             self._asked(
-                question if tasks.get(name).needs_question else None, name, frame, max_new_tokens, cancelled
+                question if tasks.get(name).needs_question else None,
+                name,
+                frame,
+                max_new_tokens,
+                cancelled,
+                grammar,
             )
             for name in names
         ]
@@ -199,11 +223,12 @@ class Session:
         frame: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
+        grammar: bool = False,
     ) -> Stream:
         """Like `ask` for one question or task, as a stream of text; the request is checked at once."""
         if task is None and question is None:
             raise TaskError("give a question or a task to stream")
-        asked = self._asked(question, task or QUESTION_TASK, frame, max_new_tokens, cancelled)
+        asked = self._asked(question, task or QUESTION_TASK, frame, max_new_tokens, cancelled, grammar)
         return Stream(self._pieces([[asked]]), asked)
 
     def _asked(
@@ -213,6 +238,7 @@ class Session:
         frame: int | None,
         limit: int,
         cancelled: Callable[[], bool] | None,
+        grammar: bool,
     ) -> Asked:
         task = tasks.get(name)
         reason = misfit(self.clip, task)
@@ -232,7 +258,9 @@ class Session:
                 "trained on, not the world; don't rely on this answer"
             )
         instruction = task.prompt(question)
-        return Asked(task, recipe, self.clip, instruction, question, limit, cancelled, notices, frame)
+        if grammar:
+            self.model.grammars()
+        return Asked(task, recipe, self.clip, instruction, question, limit, cancelled, notices, frame, grammar)
 
     def _hint(self) -> str:
         names = [task.name for task in self.applicable()]
@@ -286,11 +314,13 @@ class Session:
         if asked.stopped():
             return
         generator, spent = self.model._generator, asked.spent
+        about = context(self.clip, asked.recipe, window)
+        held = guide(self.model.grammars(), asked.task, about, asked.limit) if asked.grammar else None
         shown = resolve(self.clip, asked.recipe, window, spent, asked.frame)
         logits, position = generator.start(shown, asked.instruction, spent)
         text = self.model.bundle.prompt.stream_decoder()
         ids: list[int] = []
-        tokens = generator.tokens(logits, position, asked.limit, asked.cancelled)
+        tokens = generator.tokens(logits, position, asked.limit, asked.cancelled, held)
         try:
             while True:
                 started = time.perf_counter()
@@ -308,7 +338,7 @@ class Session:
         finally:
             spent.tokens += len(ids)
             raw = self.model.bundle.prompt.decode(ids).strip()
-            asked.add(raw, context(self.clip, asked.recipe, window), ended=generator.ended)
+            asked.add(raw, about, ended=generator.ended)
 
 
 def unfamiliar(question: str, templates: Sequence[str] | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,8 +127,9 @@ class Task:
     - `requires`: streams ("video", "image", "audio") without which the task makes no sense.
     - `parse(text, context)`: typed results in clip seconds and original pixels; what doesn't parse is
       `Unparsed(reason)`. Never raises; linear time. `render(results, context)` is its inverse.
-    - `form`: the tagged part for people. `grammar`: the same in Lark for llguidance, "" for free text; any
-      sentence of it parses. `opens`: strings that begin the tagged part; free text may stand before it.
+    - `form`: the tagged part for people. `grammar`: the same in Lark (llguidance's dialect), "" for free text;
+      every sentence of it parses. Its rule `span`, "(S E)" in whole seconds, is narrowed to shorter windows.
+      `opens`: strings that begin the tagged part; free text may stand before it.
     - `finish(results, picture)`: adds what takes the picture's pixels, such as masks.
     - `truth(record)`: results of an AV-UIE v2 test record in the model's own coordinates; None = the record
       isn't scored; `truth_files`: fields that may name its mask. `question(record)`: what fills the slot.
@@ -170,13 +170,6 @@ class Task:
             command = f'crab-edge ask CLIP "QUESTION" --task {self.name}'
             raise TaskError(f"task {self.name} needs a question: {command}")
         return self.instruction.replace("{question}", self.wording(question))
-
-    def grammar_for(self, context: MediaContext) -> str:
-        """The grammar with its seconds bounded by this clip or window, shorter ones than ten seconds too."""
-        seconds = math.ceil(context.end_s - context.start_s - 1e-9)
-        if not 0 < seconds < grammars.WINDOW_SECONDS:
-            return self.grammar
-        return self.grammar.replace(grammars.spans(), grammars.spans(seconds))
 
     def recipe_for(self, streams: Iterable[str]) -> MediaRecipe:
         """The recipe for a clip with these streams, one entry a stream; TaskError naming what is missing."""

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from crab_edge import tasks
+from crab_edge.grammar import for_window, start_seconds
 from crab_edge.results import Unparsed
 from crab_edge.tasks import MODEL_CONTEXT, MediaContext
 from crab_edge.tasks import grammars as build
@@ -55,7 +56,7 @@ def test_any_sentence_parses(tokenizer, task):
 @pytest.mark.parametrize("seconds", [0.4, 2.0, 7.3])
 def test_seconds_end_with_the_clip(tokenizer, name, seconds):
     task, context = tasks.get(name), MediaContext(duration_s=seconds)
-    grammar = task.grammar_for(context)
+    grammar = for_window(task.grammar, start_seconds(context))
     assert grammar != task.grammar and build.spans() not in grammar
     chance = random.Random(seconds)
     for _ in range(5):
@@ -65,8 +66,9 @@ def test_seconds_end_with_the_clip(tokenizer, name, seconds):
 
 def test_the_whole_window_has_the_whole_grammar():
     task = tasks.get("ave")
-    assert task.grammar_for(MODEL_CONTEXT) == task.grammar_for(MediaContext(duration_s=25.0)) == task.grammar
-    assert tasks.get("avcap").grammar_for(MediaContext(duration_s=1.0)) == ""
+    for context in (MODEL_CONTEXT, MediaContext(duration_s=25.0)):
+        assert for_window(task.grammar, start_seconds(context)) == task.grammar
+    assert for_window(tasks.get("avcap").grammar, 1) == ""
 
 
 OFFICIAL = {

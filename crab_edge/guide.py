@@ -1,0 +1,213 @@
+"""Picks the tokens of an answer so that it comes out in its task's form.
+
+An answer has two parts. The free text (the model's reasoning) is the model's own, token by token, until one
+of the task's openings stands in it. The tagged part that begins there is greedy among the tokens that the
+grammar allows. The opening is forced when the model ends without one, after `FREE_TOKENS`, and when the next
+token would make the whole answer unreadable (a stray tag, half a box). Towards the token limit only such
+tokens are taken as leave room for the rest of the form, so that a short limit shortens an answer and never
+cuts it in the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from crab_edge.errors import EngineError, InputError, TaskError
+from crab_edge.results import Unparsed
+from crab_edge.tasks import MediaContext, Task
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from crab_edge.grammar import Grammars, Vocabulary
+
+#: Free text may take so many tokens before the opening is forced.
+FREE_TOKENS = 256
+# From here on every token is checked for leaving room for the rest; the shortest rests are far below it.
+_CAREFUL = 192
+# So many of the best tokens are tried for one that leaves room; then the shortest way to the end is taken.
+_TRIES = 4
+
+
+class Guide(Protocol):
+    """Chooses the next token. `finished` says that nothing may follow; `shortened` that the limit chose."""
+
+    @property
+    def finished(self) -> bool: ...
+
+    @property
+    def shortened(self) -> bool: ...
+
+    def choose(self, logits: NDArray[np.float32], remaining: int) -> int:
+        """The next id, an end token included; `remaining` tokens may still be said, this one included."""
+        ...
+
+
+def guide(grammars: Grammars, task: Task, context: MediaContext, limit: int) -> Guide:
+    """The guide of one answer about one window; `limit` bounds its tokens.
+
+    Raises TaskError for a grammar that doesn't compile or that the task's own parser refuses.
+    """
+
+    def readable(text: bytes) -> bool:
+        parsed = task.parse(text.decode("utf-8", "replace"), context)
+        return not any(isinstance(result, Unparsed) for result in parsed)
+
+    if not task.grammar.strip():
+        return FreeText(grammars.vocabulary, readable)
+    return Tagged(grammars, task, context, readable, limit)
+
+
+class FreeText:
+    """Free text all along; it only may not end, or stay invisible, before there is any."""
+
+    finished = shortened = False
+
+    def __init__(self, vocabulary: Vocabulary, readable: Callable[[bytes], bool]) -> None:
+        self._vocabulary, self._readable = vocabulary, readable
+        self._text = b""
+        self._begun = False
+
+    def choose(self, logits: NDArray[np.float32], remaining: int) -> int:
+        """See `Guide`."""
+        token = int(np.argmax(logits))
+        if not self._begun and not self._begins(token):
+            token = next((int(i) for i in np.argsort(-logits, kind="stable") if self._begins(int(i))), token)
+        if not self._begun:
+            self._text += self._vocabulary.bytes_of(token)
+            self._begun = self._readable(self._text)
+        return token
+
+    def _begins(self, token: int) -> bool:
+        said = self._vocabulary.bytes_of(token).decode("utf-8", "ignore").strip()
+        return token not in self._vocabulary.eos_ids and said[:1].isalnum()
+
+
+class Tagged:
+    """Free text, then the tagged part under the grammar. See the module's text."""
+
+    def __init__(
+        self,
+        grammars: Grammars,
+        task: Task,
+        context: MediaContext,
+        readable: Callable[[bytes], bool],
+        limit: int,
+    ) -> None:
+        form = grammars.form(task, context)
+        if not readable(form.shortest):
+            raise TaskError(
+                f"task {task.name}: its grammar allows {form.shortest.decode('utf-8', 'replace')!r}, which "
+                "its parser can't read; correct the declaration"
+            )
+        self._name, self._form, self._vocabulary = task.name, form, grammars.vocabulary
+        self._opens = tuple(opening.encode() for opening in task.opens)
+        self._readable = readable
+        self._matcher: Any = form.matcher()
+        self._text = b""
+        self._free = bool(self._opens)
+        # Half of a short limit, or enough of a long one, is kept for the tagged part.
+        kept = max(form.tokens + 1, min(_CAREFUL, limit // 2))
+        self._free_left = min(FREE_TOKENS, limit - kept)
+        self._way: list[int] | None = None
+        self.shortened = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the grammar allows nothing but the end."""
+        return not self._free and self._matcher.is_stopped()
+
+    def choose(self, logits: NDArray[np.float32], remaining: int) -> int:
+        """See `Guide`. InputError when not even the shortest answer fits."""
+        if self._free:
+            token = int(np.argmax(logits))
+            # What ends the free text may have to be followed by a whole tagged part.
+            room = self._free_left > 0 and remaining > self._form.tokens + 1
+            if room and token not in self._vocabulary.eos_ids and self._goes_on(token):
+                self._free_left -= 1
+                return token
+            self._open()
+        allowed = self._vocabulary.allowed(self._matcher)
+        best = int(allowed[np.argmax(logits[allowed])])
+        token = best if remaining > _CAREFUL else self._fitting(best, logits, allowed, remaining)
+        if token in self._vocabulary.eos_ids:
+            return token
+        if self._way is not None:
+            self._way = self._way[1:] if self._way and self._way[0] == token else None
+        if not self._matcher.consume_token(token):
+            raise EngineError(f"llguidance gave up: {' '.join(self._matcher.get_error().split())}")
+        return token
+
+    def _goes_on(self, token: int) -> bool:
+        """Takes a token of free text, or the one that completes an opening; False if it may not be said."""
+        text = self._text + self._vocabulary.bytes_of(token)
+        longest = max(map(len, self._opens))
+        begins = [text.find(opening, max(0, len(self._text) - longest + 1)) for opening in self._opens]
+        at = min((begin for begin in begins if begin >= 0), default=None)
+        if at is None:
+            if not self._readable(text + self._form.shortest):
+                return False
+            self._text = text
+            return True
+        matcher = self._form.matcher()
+        tail = self._vocabulary.ids(text[at:])
+        if matcher.try_consume_tokens(tail) < len(tail):
+            return False
+        if not self._readable(text[:at] + self._form.shortest):
+            return False
+        self._matcher, self._free, self._text = matcher, False, text
+        return True
+
+    def _open(self) -> None:
+        """Ends the free text; half an opening at its end is gone on with."""
+        self._free = False
+        for length in range(max(map(len, self._opens)) - 1, 0, -1):
+            tail = self._text[-length:]
+            if len(tail) == length and any(opening.startswith(tail) for opening in self._opens):
+                ids = self._vocabulary.ids(tail)
+                matcher = self._form.matcher()
+                if matcher.try_consume_tokens(ids) == len(ids):
+                    self._matcher = matcher
+                    return
+
+    def _fitting(
+        self, best: int, logits: NDArray[np.float32], allowed: NDArray[np.int64], remaining: int
+    ) -> int:
+        """The best token after which the rest of the form still fits into the limit."""
+        if self._way is None:
+            self._way = self._vocabulary.completion(self._matcher)
+        if len(self._way) > remaining:
+            raise InputError(
+                f"the shortest answer of task {self._name} needs {len(self._way)} more tokens, but "
+                f"{remaining} are left; allow more with --max-tokens, or give a shorter clip or question"
+            )
+        order = allowed[np.argsort(-logits[allowed], kind="stable")[:_TRIES]]
+        for token in map(int, order):
+            if token in self._vocabulary.eos_ids or self._way[:1] == [token]:
+                break
+            after = self._matcher.deep_copy()
+            after.consume_token(token)
+            rest = self._rest(after, remaining - 1)
+            if rest is not None:
+                self._way = [token, *rest]
+                break
+        else:
+            token = self._way[0] if self._way else self._vocabulary.eos_ids[0]
+        self.shortened |= token != best
+        return token
+
+    def _rest(self, after: Any, most: int) -> list[int] | None:
+        """At most so many tokens that complete the answer from there; None when that isn't found."""
+        # Most tokens leave the way as it was but for its first steps; searching costs a hundred times more.
+        way = self._way or []
+        for step in range(len(way)):
+            tail = way[step:]
+            if len(tail) <= most and after.validate_tokens(tail) == len(tail):
+                end = after.deep_copy()
+                if end.consume_tokens(tail) and end.is_accepting():
+                    return tail
+        rest = self._vocabulary.completion(after)
+        return rest if len(rest) <= most else None

@@ -1,0 +1,283 @@
+"""Answers held to their task's form: whatever the logits are, what comes out parses."""
+
+import builtins
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytest.importorskip("llguidance", reason="needs the extra `grammar`")
+
+from crab_edge import tasks
+from crab_edge.bundle import Bundle, default_bundle
+from crab_edge.clip import Window
+from crab_edge.errors import DependencyError, InputError, TaskError
+from crab_edge.grammar import Grammars, for_window, start_seconds
+from crab_edge.guide import FREE_TOKENS, guide
+from crab_edge.results import Box, Choice, Event, Unparsed
+from crab_edge.session import Model
+from crab_edge.tasks import MODEL_CONTEXT, MediaContext
+from tests import media
+from tests.fake_bundle import FakeEngine, write_fake_bundle
+
+TAGGED = [task for task in tasks.all() if task.grammar.strip()]
+BY_NAME = {"argvalues": TAGGED, "ids": lambda task: task.name}
+AVE = "Therefore, the events and time range are <event>dog, (2 7)</event>"
+SHORT = MediaContext(width=640, height=480, duration_s=22.4, window=Window(20.0, 30.0))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return Bundle.open(write_fake_bundle(tmp_path_factory.mktemp("bundle") / "fake"))
+
+
+@pytest.fixture(scope="module")
+def grammars(bundle):
+    return Grammars(bundle)
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    return Grammars(Bundle.open(default_bundle()))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return media.video(tmp_path_factory.mktemp("clip") / "av.mp4", seconds=3, fps=4)
+
+
+def say(grammars, task, logits, context=MODEL_CONTEXT, limit=512):
+    """The text of one answer; `logits(n, text)` are those of its n-th token. None when it was cut off."""
+    steered, ids = guide(grammars, task, context, limit), []
+    eos = grammars.vocabulary.eos_ids
+    while len(ids) < limit:
+        text = b"".join(map(grammars.vocabulary.bytes_of, ids)).decode("utf-8", "replace")
+        token = steered.choose(logits(len(ids), text), limit - len(ids))
+        if token in eos:
+            return text
+        ids.append(token)
+        if steered.finished:
+            break
+    return b"".join(map(grammars.vocabulary.bytes_of, ids)).decode("utf-8", "replace")
+
+
+def unreadable(task, text, context=MODEL_CONTEXT):
+    return [result for result in task.parse(text, context) if isinstance(result, Unparsed)]
+
+
+def noise(grammars, seed, eager=0.0):
+    """Random logits; `eager` lifts brackets, digits and tags, so that the right kind of nonsense comes."""
+    random = np.random.default_rng(seed)
+    lift = np.zeros(grammars.vocabulary.size, np.float32)
+    for token in range(len(lift)):
+        if any(char in grammars.vocabulary.bytes_of(token) for char in b"<>()[],0123456789/"):
+            lift[token] = eager
+    return lambda *_: random.standard_normal(len(lift), np.float32) + lift
+
+
+def said_by(bundle, answer):
+    """Logits of a model that says `answer` token by token and then ends."""
+    ids = [*bundle.prompt.encode(answer), bundle.manifest.model.eos_ids[0]]
+
+    def logits(n, _):
+        out = np.zeros(bundle.manifest.model.vocab_size, np.float32)
+        out[ids[min(n, len(ids) - 1)]] = 1
+        return out
+
+    return logits
+
+
+@pytest.mark.parametrize("task", **BY_NAME)
+def test_random_logits_never_give_an_unreadable_answer(grammars, task):
+    for seed in range(4):
+        context = SHORT if seed % 2 else MODEL_CONTEXT
+        text = say(grammars, task, noise(grammars, seed, eager=seed % 4), context)
+        assert task.parse(text, context) and not unreadable(task, text, context), text
+
+
+@pytest.mark.parametrize("task", **BY_NAME)
+def test_the_packaged_vocabulary_too(packaged, task):
+    text = say(
+        packaged, task, noise(packaged, 5, eager=1.0), SHORT, limit=packaged.form(task, SHORT).tokens + 40
+    )
+    assert task.parse(text, SHORT) and not unreadable(task, text, SHORT), text
+
+
+@pytest.mark.parametrize("task", **BY_NAME)
+def test_a_short_limit_still_gives_a_whole_answer(grammars, task):
+    form = grammars.form(task)
+    for limit in (form.tokens + 1, form.tokens + 25):
+        text = say(grammars, task, noise(grammars, limit, eager=1.0), limit=limit)
+        assert not unreadable(task, text), text
+    with pytest.raises(InputError, match=f"task {task.name} needs .* --max-tokens"):
+        say(grammars, task, noise(grammars, 0), limit=max(1, form.tokens // 2))
+
+
+@pytest.mark.parametrize("task", **BY_NAME)
+def test_an_opening_opens_every_sentence(grammars, task):
+    shortest = grammars.form(task).shortest.decode()
+    assert not task.opens or shortest.startswith(task.opens)
+    starts = grammars.vocabulary.allowed(grammars.form(task).matcher())
+    firsts = {grammars.vocabulary.bytes_of(int(token)).decode()[:1] for token in starts}
+    assert not task.opens or firsts <= {opening[0] for opening in task.opens}
+
+
+@pytest.mark.parametrize(
+    "text", [AVE, "A dog barks. <event>dog, (0 1)(3 9)</event>", "Well: <event>a, b, (1 2)(4 9)</event>"]
+)
+def test_what_fits_the_form_comes_out_as_it_was(bundle, grammars, text):
+    assert say(grammars, tasks.get("ave"), said_by(bundle, text)) == text
+
+
+ODD = {
+    "ave": [
+        "dogs <EVENT>",
+        "<range>0,8</range> it is",
+        "<event>Dog (9 2)</event>",
+        "</s>",
+        "é<ev",
+        "a" * 2000,
+    ],
+    "avvp": ["<visual>", "< audio_event >dog", "<visual_event>,(1 2)", ""],
+    "arig": [
+        "(1,2)(3,4)",
+        "The sounding object is 7 (5,5)(1,1)",
+        "the object making sounds is dog",
+        "The sou",
+    ],
+    "avqa": ["<answer></answer>", "<answer>", "yes", "<Answer>no</answer>"],
+}
+
+
+@pytest.mark.parametrize(("name", "said"), [(name, said) for name in ODD for said in ODD[name]])
+def test_odd_reasoning_ends_in_a_readable_answer(bundle, grammars, name, said):
+    task = tasks.get(name)
+    text = say(grammars, task, said_by(bundle, said))
+    assert not unreadable(task, text), text
+    common = next(
+        (n for n, (a, b) in enumerate(zip(text, said, strict=False)) if a != b), min(len(text), len(said))
+    )
+    assert common >= min(len(said), 3), "the reasoning is the model's own up to there"
+
+
+def test_free_text_is_bounded(bundle, grammars):
+    text = say(grammars, tasks.get("avqa"), said_by(bundle, "a " * 1500))
+    before = text.split("<answer>")[0]
+    assert "</answer>" in text and 100 < len(before) and len(bundle.prompt.encode(before)) <= FREE_TOKENS
+
+
+def test_events_start_inside_the_window(grammars):
+    assert start_seconds(MODEL_CONTEXT) == 10 and start_seconds(SHORT) == 3
+    assert start_seconds(MediaContext(duration_s=0.2)) == 1
+
+    def late(n, text):
+        logits = np.zeros(grammars.vocabulary.size, np.float32)
+        logits[[grammars.vocabulary.byte_ids[byte] for byte in b"9"]] = 1
+        return logits
+
+    events = tasks.get("ave").parse(say(grammars, tasks.get("ave"), late, SHORT), SHORT)
+    assert all(isinstance(event, Event) and 20 <= event.start_s < event.end_s <= 22.4 for event in events)
+
+
+def test_boxes_keep_their_corners_in_order(bundle, grammars):
+    said = "The sounding object is dog. Its coordinates are <obj>(150,10)(120,5)</obj>."
+    text = say(grammars, tasks.get("arig"), said_by(bundle, said))
+    (box,) = tasks.get("arig").parse(text, MODEL_CONTEXT)
+    assert isinstance(box, Box) and (box.x1, box.y1) == (150, 10) and box.x2 > 150 and box.y2 > 10
+    assert text.startswith("The sounding object is dog. Its coordinates are <obj>(150,10)(")
+
+
+def test_a_caption_is_never_empty(bundle, grammars):
+    task = tasks.get("avcap")
+    assert not unreadable(task, say(grammars, task, noise(grammars, 1), limit=6))
+    special = np.zeros(grammars.vocabulary.size, np.float32)
+    special[[bundle.prompt.special.im_start, *grammars.vocabulary.eos_ids]] = (
+        2,
+        *[1] * len(grammars.vocabulary.eos_ids),
+    )
+    assert not unreadable(task, say(grammars, task, lambda *_: special, limit=3))
+    assert say(grammars, task, said_by(bundle, "a dog")) == "a dog"
+
+
+def test_only_the_rule_span_is_narrowed():
+    lark = 'start: "<a>" span "b"\nspan: "(0 " "1)"\n    | "(9 " "10)"\nNAME: /span: x/\n'
+    narrow = for_window(lark, 2)
+    assert for_window(lark, 10) == lark and '"(1 " ("2)" |' in narrow and '"(2 ' not in narrow
+    assert narrow.startswith('start: "<a>" span "b"\nspan: "(0 "') and narrow.endswith("\nNAME: /span: x/\n")
+    assert for_window('start: "x"\n', 2) == 'start: "x"\n'
+
+
+def test_repeated_parts_are_told_apart(grammars):
+    point = 'point: "[" NUMBER "," NUMBER "]"\nNUMBER: /[0-9]{1,2}/\n'
+    for lark, text in (
+        (f'start: point "," point "," point "."\n{point}', b"[0,0],[0,0],[0,0]."),
+        (f'start: "a" NAME ("," DIGIT){{6}}\nNAME: /[a-z]+/\nDIGIT: /[0-9]/\n{point}', b"az,0,0,0,0,0,0"),
+    ):
+        found = grammars.vocabulary.completion(grammars.vocabulary.compile(lark))
+        assert b"".join(map(grammars.vocabulary.bytes_of, found)) == text
+
+
+def test_wrong_declarations_are_named(grammars):
+    broken = dataclasses.replace(tasks.get("ave"), grammar="start: (")
+    with pytest.raises(TaskError, match="task ave: llguidance refuses the grammar"):
+        grammars.form(broken)
+    other = dataclasses.replace(tasks.get("ave"), grammar='start: "<event>nothing</event>"')
+    with pytest.raises(TaskError, match="task ave: its grammar allows '<event>nothing</event>'"):
+        guide(grammars, other, MODEL_CONTEXT, 100)
+
+
+def test_bytes_are_the_tokenizers(bundle, grammars):
+    for token in range(bundle.prompt.vocab_size):
+        if bundle.prompt.decode([token]) == "\ufffd" and not grammars.vocabulary.bytes_of(token):
+            continue  # the byte 255, which no text has; llguidance marks special tokens with it
+        assert grammars.vocabulary.bytes_of(token).decode("utf-8", "replace") == bundle.prompt.decode([token])
+
+
+class Noisy(FakeEngine):
+    """Random logits of its own after every token."""
+
+    def forward(self, embeds, position_ids):
+        super().forward(embeds, position_ids)
+        return np.random.default_rng(self.length).standard_normal(self._model.vocab_size, np.float32)
+
+
+def test_sessions_hold_answers_to_their_form(bundle, clip):
+    session = Model(bundle, Noisy(bundle)).open(clip)
+    answers = session.ask(grammar=True)
+    assert {answer.task for answer in answers} >= {"ave", "avvp", "avcap"}
+    for answer in [*answers, session.ask("Is there a dog?", grammar=True)]:
+        assert answer.parsed and not any(isinstance(r, Unparsed) for r in answer.parsed), answer.raw
+    assert any(isinstance(r, Unparsed) for r in session.ask(task="ave", max_new_tokens=20).parsed)
+
+
+def test_streams_and_prefixes_work_as_without(bundle, clip):
+    model = Model(bundle, FakeEngine(bundle, "yes"))
+    stream = model.open(clip).stream("Is there a dog?", grammar=True)
+    pieces = list(stream)
+    assert len(pieces) > 1 and "".join(pieces) == stream.answer.raw
+    (choice,) = stream.answer.parsed
+    assert isinstance(choice, Choice) and stream.answer.raw.startswith("yes<answer>")
+    again = model.open(clip).ask("Is there a dog?")
+    assert again.raw == "yes" and again.timings.cached_tokens > 0, "the next question shares the prefix"
+
+
+def test_a_limit_that_shortens_is_noticed(bundle, clip):
+    session = Model(bundle, Noisy(bundle)).open(clip)
+    answer = session.ask(task="ave", max_new_tokens=40, grammar=True)
+    assert not any(isinstance(r, Unparsed) for r in answer.parsed)
+    assert any("cut off after 40 tokens" in notice for notice in answer.notices) or answer.timings.tokens < 40
+
+
+def test_a_missing_package_names_the_extra(bundle, clip, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name == "llguidance":
+            raise ModuleNotFoundError("No module named 'llguidance'", name="llguidance")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    session = Model(bundle, FakeEngine(bundle, AVE)).open(clip)
+    with pytest.raises(DependencyError, match=r"crab-edge\[grammar\]"):
+        session.ask(task="ave", grammar=True)
+    assert session.ask(task="ave").raw == AVE, "without the flag it isn't needed"
