@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from crab_edge import tasks
-from crab_edge.errors import InputError, TaskError
-from crab_edge.results import Box, Choice, Event, Points
+from crab_edge.errors import InputError
 from crab_edge.training.scenes.catalogue import Asset, Catalogue, ClassInfo
 from crab_edge.training.scenes.compose import CANVASES, Stage, Thing, draw_background, draw_cutout, stretch
 from crab_edge.training.scenes.extras import Extras
@@ -158,32 +157,12 @@ def whole(asset: Asset, label: str, duration: float, gain_db: float = 0.0) -> So
 
 def sample(task: str, results: Sequence[Any], record: dict[str, Any], *targets: str) -> Sample:
     """The task's own words for these results; the record gets them in the fields `targets`."""
-    instruction = lead = ""
-    try:
-        definition = tasks.get(task)
-    except TaskError:
-        # A task that isn't declared here: the words alone, without a prompt.
-        answer = _words(results)
-    else:
-        answer = definition.render(results)
-        question = definition.question(record) if definition.needs_question else None
-        instruction, lead = definition.prompt(question), definition.media.lead(True, True)
-    return Sample(task, instruction, answer, lead, {**record, **dict.fromkeys(targets, answer)})
-
-
-def _words(results: Sequence[Any]) -> str:
-    parts = []
-    for result in results:
-        if isinstance(result, Choice):
-            parts.append(f"<answer>{result.value}</answer>")
-        elif isinstance(result, Event):
-            parts.append(f"<event>{result.label}, ({result.start_s:.0f} {result.end_s:.0f})</event>")
-        elif isinstance(result, Box):
-            box = f"[{result.x1:.0f},{result.y1:.0f},{result.x2:.0f},{result.y2:.0f}]"
-            parts.append(f"The object is {result.label}. Its bounding box is {box}.")
-        elif isinstance(result, Points):
-            parts.append("Its points are " + ",".join(f"[{x:.0f},{y:.0f}]" for x, y in result.xy) + ".")
-    return " ".join(parts)
+    definition = tasks.get(task)
+    answer = definition.render(results)
+    question = definition.question(record) if definition.needs_question else None
+    lead = definition.media.lead(True, True)
+    fields = {**record, **dict.fromkeys(targets, answer)}
+    return Sample(task, definition.prompt(question), answer, lead, fields)
 
 
 def facts(
