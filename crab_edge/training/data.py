@@ -147,12 +147,18 @@ class VisionBatches:
 
 
 def group_by_lead(samples: Sequence[Any], rng: np.random.Generator, limit: int) -> tuple[str, list[Any]]:
-    """One lead sentence of a scene, drawn by its share of the samples, and up to `limit` of its samples."""
+    """One lead sentence of a scene, drawn by its share of the samples, and up to `limit` of its samples: one
+    of each task first, the others by chance.
+    """
     leads = [s.lead for s in samples]
     lead = leads[int(rng.integers(len(leads)))]
     chosen = [s for s in samples if s.lead == lead]
     if len(chosen) > limit:
-        chosen = [chosen[i] for i in sorted(rng.permutation(len(chosen))[:limit])]
+        order = rng.permutation(len(chosen))
+        tasks = [chosen[i].task for i in order]
+        rank = [(tasks.index(task) != place, place) for place, task in enumerate(tasks)]
+        kept = [order[place] for _, place in sorted(rank)[:limit]]
+        chosen = [chosen[i] for i in sorted(kept)]
     return lead, chosen
 
 

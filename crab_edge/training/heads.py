@@ -139,7 +139,56 @@ class NumberHead(nn.Module):
         self.project = nn.Linear(width, outputs * CODE)
         self.register_buffer("codes", number_codes())
 
+    @torch.no_grad()
+    def fit(self, x: Tensor, values: Tensor) -> None:
+        """Least squares from x [n, width] to the codes of `values` [n, outputs] in 0..224; negative ones are
+        left out. From random weights, what a state holds beside the number hides it for long.
+        """
+        weight, bias = self.project.weight, self.project.bias
+        weight.zero_()
+        bias.zero_()
+        for output in range(self.outputs):
+            known = values[:, output] >= 0
+            if int(known.sum()) > 1:
+                codes = self.codes[values[known, output].round().long().clamp(0, NUMBERS - 1)]
+                rows = slice(output * CODE, (output + 1) * CODE)
+                weight[rows], bias[rows] = _least_squares(x[known], codes)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [n, width] -> logits float32 [n, outputs, 225]."""
         code = self.project(x.float()).reshape(x.shape[0], self.outputs, CODE)
         return self.scale * code @ self.codes.T
+
+
+class BoxHead(nn.Module):
+    """A box in the frame read linearly off a state: left, top, right, bottom in pixels of 224."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, 4)
+        self.scale = width**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [n, width] -> boxes float32 [n, 4]."""
+        return 224 * self.project(x.float() * self.scale)
+
+    def loss(self, x: Tensor, truth: Tensor) -> Tensor:
+        """1 - generalised IoU plus a smooth distance, [n], of boxes read off x against `truth` [n, 4]."""
+        boxes = self(x)
+        distance = F.smooth_l1_loss(boxes / 224, truth / 224, reduction="none", beta=0.05).sum(dim=-1)
+        return 1 - box_iou(boxes, truth)[1] + 2 * distance
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, boxes: Tensor) -> None:
+        """Least squares from x [n, width] to boxes [n, 4]."""
+        weight, bias = _least_squares(x, boxes / 224)
+        self.project.weight.copy_(weight / self.scale)
+        self.project.bias.copy_(bias)
+
+
+def _least_squares(x: Tensor, y: Tensor, ridge: float = 1e-2) -> tuple[Tensor, Tensor]:
+    """(weight [outputs, width], bias [outputs]) of the linear map from x [n, width] to y [n, outputs]."""
+    ones = torch.cat((x.float(), x.new_ones(len(x), 1, dtype=torch.float32)), dim=1)
+    gram = ones.T @ ones + ridge * len(ones) * torch.eye(ones.shape[1], device=x.device)
+    solved = torch.linalg.solve(gram, ones.T @ y.float())
+    return solved[:-1].T, solved[-1]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crab_edge.prompt import SpecialIds
-from crab_edge.training.heads import ClassHead, NumberHead, soft_numbers
+from crab_edge.training.heads import BoxHead, ClassHead, NumberHead, soft_numbers
 from crab_edge.training.packing import IGNORE, attention_mask
 from crab_edge.training.towers import VisionGrid, audio_hidden, vision_hidden, vision_merge
 
@@ -46,7 +46,7 @@ class Auxiliary(nn.Module):
         # Behind RMSNorm a state is sqrt(width) long: this scale keeps the first logits small.
         scale = 12.0 * width**-0.5
         self.cell_class = ClassHead(prototypes, scale=scale)
-        self.cell_box = NumberHead(width, 4)
+        self.cell_box = BoxHead(width)
         self.heard = ClassHead(prototypes, scale=scale, bias=-4.0)
         self.second = NumberHead(width, 3)
 
@@ -63,11 +63,7 @@ class Auxiliary(nn.Module):
             out["aux_class"] = (
                 F.cross_entropy(self.cell_class(chosen), label[inside], reduction="none") * w
             ).sum()
-            truth = batch["cell_box"][inside].clamp(0, 224)
-            soft = soft_numbers(truth.reshape(-1), 4.0)
-            logits = self.cell_box(chosen).reshape(-1, soft.shape[-1])
-            each = F.cross_entropy(logits, soft, reduction="none").reshape(-1, 4).mean(dim=-1)
-            out["aux_box"] = (each * w).sum()
+            out["aux_box"] = (self.cell_box.loss(chosen, batch["cell_box"][inside]) * w).sum()
         if tokens.shape[0]:
             truth = batch["activity"].float()
             each = F.binary_cross_entropy_with_logits(self.heard(tokens), truth, reduction="none")
@@ -173,7 +169,28 @@ class LanguageModule(nn.Module):
             out.update({name: value.detach() for name, value in extra.items()})
         return out
 
-    def base_groups(self) -> list[dict[str, Any]]:
+    def _hold_clocks(self, text: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Keep the first attention as it starts, with the embeddings its keys look for.
+
+        Its weights are small: an optimizer that moves every weight alike would undo it within a few steps.
+        """
+        first = self.thinker.model.language_model.layers[0]
+        held = [*first.self_attn.parameters(), *first.input_layernorm.parameters()]
+        for parameter in held:
+            parameter.requires_grad_(False)
+        special = self.special
+        rows = [special.im_start, special.vision_bos, special.audio_bos]
+
+        def without(gradient: Tensor) -> Tensor:
+            gradient = gradient.clone()
+            gradient[rows] = 0
+            return gradient
+
+        self.thinker.model.language_model.embed_tokens.weight.register_hook(without)
+        ids = {id(parameter) for parameter in held}
+        return [parameter for parameter in text if id(parameter) not in ids]
+
+    def base_groups(self, hold_clocks: bool = False) -> list[dict[str, Any]]:
         """Freeze what the base stage leaves, and group the rest: projections of the towers learn more
         slowly.
         """
@@ -190,15 +207,45 @@ class LanguageModule(nn.Module):
             ]
         for parameter in (*text, *last):
             parameter.requires_grad_(True)
-        heads = list(self.auxiliary.parameters()) if self.auxiliary is not None else []
-        matrices = [p for p in text if p.ndim > 1]
-        vectors = [p for p in text if p.ndim == 1]
-        groups = [{"params": [*matrices, *heads]}, {"params": vectors, "weight_decay": 0.0}]
+        if hold_clocks:
+            text = self._hold_clocks(text)
+        heads, boxes = [], []
+        if self.auxiliary is not None:
+            boxes = list(self.auxiliary.cell_box.parameters())
+            heads = [p for n, p in self.auxiliary.named_parameters() if not n.startswith("cell_box.")]
+        groups = [
+            {"params": [p for p in text if p.ndim > 1]},
+            {"params": [p for p in text if p.ndim == 1], "weight_decay": 0.0},
+            # Inputs sqrt(width) long and codes scaled by 12: full steps would shake a number head.
+            {"params": heads, "lr_scale": 0.3},
+            # A box head's inputs have length 1: its weights are larger and must follow as the states grow.
+            {"params": boxes, "lr_scale": 4.0},
+        ]
+        groups = [g for g in groups if g["params"]]
         return [*groups, {"params": last, "lr_scale": 0.3}] if last else groups
 
     def adapter_groups(self) -> list[dict[str, Any]]:
         """Everything that the adapter left trainable."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+
+def fit_heads(module: LanguageModule, batches: Sequence[dict[str, Tensor]]) -> None:
+    """Start the throw-away number heads at least squares over the untrained decoder's states."""
+    heads = module.auxiliary
+    if heads is None:
+        return
+    cells, boxes, tokens, times = [], [], [], []
+    with torch.no_grad():
+        for batch in batches:
+            _, middle, seen, heard = module.hidden(batch)
+            states = F.rms_norm(middle.float(), middle.shape[-1:])
+            inside = batch["cell_label"] >= 0
+            cells.append(states[seen].reshape(*inside.shape, -1)[inside])
+            boxes.append(batch["cell_box"][inside])
+            tokens.append(states[heard])
+            times.append(torch.cat((batch["second"][:, None], batch["span"]), dim=1))
+    heads.cell_box.fit(torch.cat(cells), torch.cat(boxes))
+    heads.second.fit(torch.cat(tokens), torch.cat(times))
 
 
 def centre_projections(module: LanguageModule, batches: Sequence[dict[str, Tensor]]) -> None:

@@ -53,7 +53,8 @@ class LanguageStage(StageRecipe):
     `batch` counts clips; `stills_per_clip` stills take one clip's place. `stills_first` is the share of steps
     that see stills only, `stills_share` the share of still steps after that. `soft_numbers` is the width
     (pixels) of the soft targets for box numbers, 0 for plain cross-entropy. `auxiliary` weighs the
-    throw-away heads on the hidden states after decoder layer `auxiliary_layer`.
+    throw-away heads on the hidden states after decoder layer `auxiliary_layer`. `hold_clocks` keeps the first
+    attention as it starts (see `starts`).
     """
 
     questions: int = Field(8, gt=0)
@@ -64,6 +65,7 @@ class LanguageStage(StageRecipe):
     auxiliary: float = Field(0.0, ge=0)
     auxiliary_layer: int = Field(3, gt=0)
     train_projections: bool = False
+    hold_clocks: bool = False
 
 
 class AdapterStage(LanguageStage):

@@ -39,6 +39,7 @@ from crab_edge.training.heads import class_prototypes
 from crab_edge.training.language import (
     LanguageModule,
     centre_projections,
+    fit_heads,
 )
 from crab_edge.training.loop import Run, Stage, finish, finished, plot_losses, run_stage
 from crab_edge.training.recipe import LanguageStage, Recipe
@@ -49,6 +50,7 @@ from crab_edge.training.vision_pretrain import VisionStageModule, initialise_tow
 
 SYSTEM_PROMPT = "You see and hear."
 TOKENIZER_SCENES = 250
+FIRST_LOOKS = 24  # batches that the base stage's start is fitted to
 _HELD_OUT = 1_000_000  # held-out scenes for the looks between stages, apart from those `evaluate` takes
 
 
@@ -155,8 +157,10 @@ class Trainer:
         recipe = self.recipe.base
         module = self._language(self.thinker, recipe, recipe.train_projections)
         make = self._questions(recipe)
-        centre_projections(module, [make(step) for step in range(min(4, recipe.steps))])
-        groups = module.base_groups()
+        looks = [make(step) for step in range(min(FIRST_LOOKS, recipe.steps))]
+        centre_projections(module, looks[:4])
+        fit_heads(module, looks)
+        groups = module.base_groups(recipe.hold_clocks)
         figures = run_stage(Stage("base", module, groups, make, recipe), self.run)
         return figures | self._questions_look("base", module, recipe)
 
