@@ -260,7 +260,8 @@ class Session:
         instruction = task.prompt(question)
         if grammar:
             self.model.grammars()
-        return Asked(task, recipe, self.clip, instruction, question, limit, cancelled, notices, frame, grammar)
+        how = (limit, cancelled, notices, frame, grammar)
+        return Asked(task, recipe, self.clip, instruction, question, *how)
 
     def _hint(self) -> str:
         names = [task.name for task in self.applicable()]
