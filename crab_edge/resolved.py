@@ -30,8 +30,8 @@ ABOUT_A_SECOND = 24_000  # samples
 
 def streams(clip: Clip) -> tuple[str, ...]:
     """The kinds of a clip's streams, of "video", "image", "audio", one entry a stream."""
-    present = {"video": clip.videos, "image": clip.images, "audio": clip.audios}
-    return tuple(name for name, tracks in present.items() for _ in tracks)
+    counts = {"video": len(clip.videos), "image": len(clip.images), "audio": len(clip.audios)}
+    return tuple(name for name, count in counts.items() for _ in range(count))
 
 
 def windows(clip: Clip, recipe: MediaRecipe) -> list[Window | None]:
