@@ -37,7 +37,7 @@ class ModelInfo(_Strict):
     """Identity and sizes of the decoder; `max_positions` bounds prompt plus answer, in tokens.
 
     `question_templates` are regular expressions: a free question that matches none in full is unfamiliar to
-    the model. None means that the model takes any question.
+    the model. None means that the model takes any question. `tasks` are those it was trained on, None = all.
     """
 
     name: str
@@ -51,6 +51,7 @@ class ModelInfo(_Strict):
     adapter: AdapterInfo | None = None
     question_templates: list[str] | None = None
     labels: list[str] | None = None
+    tasks: list[str] | None = None
     eos_ids: list[int] = Field(min_length=1)
 
     @field_validator("question_templates")

@@ -147,9 +147,14 @@ class Session:
         """What the user should know about the clip, such as an empty audio track."""
         return tuple(self.clip.notices)
 
-    def applicable(self) -> list[Task]:
-        """The tasks that were made for a clip like this one, those that need a question included."""
-        return [task for task in tasks.applicable(streams(self.clip)) if misfit(self.clip, task) is None]
+    def applicable(self, trained: bool = False) -> list[Task]:
+        """The tasks that were made for a clip like this one, those that need a question included.
+
+        `trained`: only those that the model was trained on, if it says which.
+        """
+        known = self.model.bundle.manifest.model.tasks if trained else None
+        found = [task for task in tasks.applicable(streams(self.clip)) if misfit(self.clip, task) is None]
+        return [task for task in found if known is None or task.name in known]
 
     def ask(
         self,
@@ -163,10 +168,11 @@ class Session:
     ) -> Answer | list[Answer]:
         """One answer to a question or a task; with neither, the answers of every task that applies.
 
-        Of tasks that show and ask the same (data sets of one kind), the first is asked. `frame`: which of
-        the five or ten equal parts of its video's sound a picture belongs to, for the tasks that hear one
-        part of it. With `grammar` the tagged part of an answer is held to its task's form, so that it always
-        parses (unless it is `cancelled` half-way). Raises TaskError for a task that is unknown, doesn't take
+        Those are the tasks that the model was trained on, where it says so; of tasks that show and ask the
+        same (data sets of one kind), the first is asked. `frame`: which of the five or ten equal parts of its
+        video's sound a picture belongs to, for the tasks that hear one part of it. With `grammar` the tagged
+        part of an answer is held to its task's form, so that it always parses (unless it is `cancelled`
+        half-way). Raises TaskError for a task that is unknown, doesn't take
         this clip, or needs a question; DependencyError for `grammar` without the extra of that name.
         """
         how: dict[str, Any] = {
@@ -177,7 +183,9 @@ class Session:
         }
         if question is not None or task is not None:
             return self.stream(question, task, **how).answer
-        names = [task.name for task in tasks.distinct(self.applicable()) if not task.needs_question]
+        names = [
+            task.name for task in tasks.distinct(self.applicable(trained=True)) if not task.needs_question
+        ]
         if not names:
             raise TaskError(f"no task takes this clip without a question; {self._hint()}")
         return self.ask_all(names, **how)
@@ -257,6 +265,9 @@ class Session:
                 f"unfamiliar question: the small model {model.name} knows the forms of question that it was "
                 "trained on, not the world; don't rely on this answer"
             )
+        if model.tasks is not None and task.name not in model.tasks:
+            known = ", ".join(model.tasks)
+            notices.append(f"{model.name} wasn't trained on {task.name} (but on {known}); expect nonsense")
         instruction = task.prompt(question)
         if grammar:
             self.model.grammars()

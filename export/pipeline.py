@@ -163,6 +163,7 @@ class _Job:
             n_parameters=weights.n_parameters(),
             adapter=adapter,
             question_templates=self.card.question_templates,
+            tasks=self.card.tasks,
             labels=self.card.labels,
             eos_ids=sorted({special.im_end, special.pad}),
         )

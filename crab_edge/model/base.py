@@ -31,6 +31,7 @@ class Card(BaseModel):
     name: str
     labels: list[str] | None = None
     question_templates: list[str] | None = None
+    tasks: list[str] | None = None
     notes: dict[str, Any] = {}
 
 

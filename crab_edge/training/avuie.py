@@ -146,4 +146,4 @@ def open_avuie(recipe: DataRecipe) -> Sources:
         lists.append((task, path))
     train = AvuieScenes(lists)
     labels = tuple(sorted(train.labels)) or ("object",)
-    return Sources(train, train, labels, None, {"data": {"avuie": names}})
+    return Sources(train, train, labels, None, {"data": {"avuie": names}}, names)

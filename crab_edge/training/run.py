@@ -283,6 +283,7 @@ class Trainer:
                 "name": self.recipe.name,
                 "labels": list(self.sources.labels),
                 "question_templates": self.sources.question_templates,
+                "tasks": self.sources.tasks,
                 "notes": {**self.sources.notes, "recipe": self.recipe.model_dump(mode="json")},
             }
             save_base(self.thinker, self.out / "base", self.tokenizer_file, self.features, card)

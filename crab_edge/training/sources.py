@@ -28,6 +28,7 @@ class Sources:
     labels: tuple[str, ...]
     question_templates: list[str] | None
     notes: dict[str, Any]
+    tasks: list[str] | None = None
 
 
 def open_sources(recipe: DataRecipe, seed: int) -> Sources:
@@ -42,6 +43,7 @@ def open_sources(recipe: DataRecipe, seed: int) -> Sources:
 
         return open_avuie(recipe)
     from crab_edge.training import scenes
+    from crab_edge.training.scenes.avuie import TASKS
 
     catalogue = scenes.fetch(recipe.cache) if recipe.cache else scenes.fetch()
     train = scenes.SceneSource(catalogue, "train", seed=seed)
@@ -53,6 +55,7 @@ def open_sources(recipe: DataRecipe, seed: int) -> Sources:
         tuple(catalogue.labels()),
         [str(t) for t in templates] if templates else None,
         {"data": catalogue.summary()},
+        list(TASKS),
     )
 
 

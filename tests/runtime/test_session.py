@@ -332,3 +332,11 @@ def test_load_takes_an_engine_and_refuses_unknown_names(bundle, clips):
     session = model.open([str(clips["still"]), clips["sound"]])
     assert len(session.clip.images) == len(session.clip.audios) == 1
     assert model.open(session.clip).clip is session.clip
+
+
+def test_a_model_that_names_its_tasks_runs_those_by_itself(tmp_path, clips):
+    known = Bundle.open(write_fake_bundle(tmp_path / "known", tasks=["avcap", "ave"]))
+    session = Model(known, FakeEngine(known, AVE)).open(clips["av"])
+    assert {answer.task for answer in session.ask()} == {"avcap", "ave"}
+    assert session.ask(task="ave").notices == ()
+    assert "wasn't trained on avvp (but on avcap, ave)" in session.ask(task="avvp").notices[0]
