@@ -18,13 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crab_edge.errors import DependencyError, EngineError, TaskError
-from crab_edge.tasks import MODEL_CONTEXT, MediaContext, Task
+from crab_edge.tasks import MODEL_CONTEXT, MediaContext, Task, grammars
 
 if TYPE_CHECKING:
     from crab_edge.bundle import Bundle
 
-#: The last second of a window that answers speak of.
-LAST_SECOND = 10
 # A rule of the name `span` with its alternatives on further lines.
 _SPAN_RULE = re.compile(r"^span[ \t]*:.*\n(?:[ \t]+\|.*\n)*", re.MULTILINE)
 # Letters that open different words lead to completions of different length; one of these few is short enough.
@@ -49,8 +47,10 @@ def require() -> Any:
 
 def start_seconds(context: MediaContext) -> int:
     """How many whole seconds 0, 1, ... of the window an event may start at; at least one."""
-    inside = (second for second in range(LAST_SECOND) if context.start_s + second >= context.end_s)
-    return max(1, next(inside, LAST_SECOND))
+    inside = (
+        second for second in range(grammars.WINDOW_SECONDS) if context.start_s + second >= context.end_s
+    )
+    return max(1, next(inside, grammars.WINDOW_SECONDS))
 
 
 def for_window(lark: str, starts: int) -> str:
@@ -58,13 +58,9 @@ def for_window(lark: str, starts: int) -> str:
 
     `span` is "(S E)" in whole seconds, S < E <= 10; afterwards S < `starts` holds too.
     """
-    if starts >= LAST_SECOND:
+    if starts >= grammars.WINDOW_SECONDS:
         return lark
-    spans = []
-    for first in range(starts):
-        ends = " | ".join(f'"{last})"' for last in range(first + 1, LAST_SECOND + 1))
-        spans.append(f'"({first} " ({ends})')
-    return _SPAN_RULE.sub("span: " + "\n    | ".join(spans) + "\n", lark)
+    return _SPAN_RULE.sub(grammars.spans(starts), lark)
 
 
 class _Outlook(NamedTuple):

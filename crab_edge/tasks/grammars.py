@@ -31,11 +31,11 @@ def answer(*values: str) -> str:
     return f'start: "<answer>" ANSWER "</answer>"\nANSWER: {ANSWER}\n'
 
 
-def spans(seconds: int = WINDOW_SECONDS) -> str:
-    """The rule `span`: "(S E)" in whole seconds, 0 <= S < E <= `seconds`."""
+def spans(starts: int = WINDOW_SECONDS) -> str:
+    """The rule `span`: "(S E)" in whole seconds, 0 <= S < `starts`, S < E <= the window's ten."""
     lines = []
-    for start in range(seconds):
-        ends = " | ".join(f'"{end})"' for end in range(start + 1, seconds + 1))
+    for start in range(starts):
+        ends = " | ".join(f'"{end})"' for end in range(start + 1, WINDOW_SECONDS + 1))
         lines.append(f'"({start} " ({ends})')
     return "span: " + "\n    | ".join(lines) + "\n"
 

@@ -129,6 +129,12 @@ def box_iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return iou, iou - (hull - union) / hull.clamp(min=1e-6)
 
 
+def box_error(boxes: Tensor, truth: Tensor) -> Tensor:
+    """1 - generalised IoU plus a smooth distance, [n], of boxes [n, 4] in pixels of 224."""
+    distance = F.smooth_l1_loss(boxes / 224, truth / 224, reduction="none", beta=0.05).sum(dim=-1)
+    return 1 - box_iou(boxes, truth)[1] + 2 * distance
+
+
 class NumberHead(nn.Module):
     """Distributions over 0..224 read off hidden states through the fixed number codes."""
 
@@ -171,12 +177,6 @@ class BoxHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [n, width] -> boxes float32 [n, 4]."""
         return 224 * self.project(x.float() * self.scale)
-
-    def loss(self, x: Tensor, truth: Tensor) -> Tensor:
-        """1 - generalised IoU plus a smooth distance, [n], of boxes read off x against `truth` [n, 4]."""
-        boxes = self(x)
-        distance = F.smooth_l1_loss(boxes / 224, truth / 224, reduction="none", beta=0.05).sum(dim=-1)
-        return 1 - box_iou(boxes, truth)[1] + 2 * distance
 
     @torch.no_grad()
     def fit(self, x: Tensor, boxes: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crab_edge.prompt import SpecialIds
-from crab_edge.training.heads import BoxHead, ClassHead, NumberHead, soft_numbers
+from crab_edge.training.heads import BoxHead, ClassHead, NumberHead, box_error, soft_numbers
 from crab_edge.training.packing import IGNORE, attention_mask
 from crab_edge.training.towers import VisionGrid, audio_hidden, vision_hidden, vision_merge
 
@@ -63,7 +63,7 @@ class Auxiliary(nn.Module):
             out["aux_class"] = (
                 F.cross_entropy(self.cell_class(chosen), label[inside], reduction="none") * w
             ).sum()
-            out["aux_box"] = (self.cell_box.loss(chosen, batch["cell_box"][inside]) * w).sum()
+            out["aux_box"] = (box_error(self.cell_box(chosen), batch["cell_box"][inside]) * w).sum()
         if tokens.shape[0]:
             truth = batch["activity"].float()
             each = F.binary_cross_entropy_with_logits(self.heard(tokens), truth, reduction="none")

@@ -1,8 +1,8 @@
 """How a narrow decoder starts, so that minutes of training are enough.
 
 Three habits of large pretrained decoders are put in by hand: attention that averages what came before,
-heads that tell a token where it stands, and heads that look for what resembles the asking token. Training is
-free to change all of them.
+heads that tell a token where it stands, and heads that look for what resembles the asking token. A recipe
+may hold the second of them still (`hold_clocks`); training is free to change the others.
 
 The vision encoder has rotary positions only and can't say where in the frame a cell lies; the decoder's
 multimodal rotary ids can, but only as attention weights between a cell and a token at a known place. A

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crab_edge.training.heads import CellHead, box_iou
+from crab_edge.training.heads import CellHead, box_error, box_iou
 from crab_edge.training.towers import VisionGrid, vision_cells
 
 
@@ -79,9 +79,7 @@ class VisionStageModule(nn.Module):
             F.cross_entropy(classes[inside], label[inside], reduction="none", label_smoothing=0.1) * w
         ).sum()
         truth = batch["cell_box"][inside]
-        _, giou = box_iou(boxes[inside], truth)
-        distance = F.smooth_l1_loss(boxes[inside] / 224, truth / 224, reduction="none", beta=0.05).sum(dim=-1)
-        box = ((1 - giou) * w).sum() + 2 * (distance * w).sum()
+        box = (box_error(boxes[inside], truth) * w).sum()
         loss = which + found + box
         return {"loss": loss, "which": which.detach(), "found": found.detach(), "box": box.detach()}
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests import media
+from tests.apps import scripted
 from tests.fake_bundle import FakeEngine, write_fake_bundle
 
 
@@ -65,3 +66,13 @@ def cli(fake_bundle, monkeypatch, capsys):
 
     call.engines = opened
     return call
+
+
+@pytest.fixture
+def data(tmp_path):
+    return scripted.lists_in(tmp_path)
+
+
+@pytest.fixture
+def model(monkeypatch):
+    return scripted.install(monkeypatch, scripted.FakeModel(scripted.say_dog))

@@ -2,133 +2,32 @@
 
 import dataclasses
 import json
-import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import typer
 from crab_edge_apps import _predictions as predictions
 from crab_edge_apps import _results_table as results_table
 from crab_edge_apps import evaluate as verb
 from crab_edge_apps import score as score_verb
-from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-import crab_edge
-from crab_edge import masks, tasks
-from crab_edge.errors import CheckError, DependencyError, EngineError, InputError, MediaError, TaskError
-from crab_edge.results import Answer, Box, Choice, Event, MaskFile, Points, Timings, Unparsed
-from crab_edge.tasks import Bar, MediaContext
-
-
-class FakeModel:
-    """Answers with `say(clip's name, task, question)`; a clip called bad can't be opened."""
-
-    def __init__(self, say, identity="fake/w4@0123"):
-        self.say = say
-        self.bundle = SimpleNamespace(identity=identity)
-        self.asked = []
-        self.opened = []
-        self.duration_s = 10.0
-        self.windows = 1
-
-    def open(self, *media, kinds=None):
-        assert {Path(path) for path in media} == set(kinds)
-        self.opened.append([kinds[path] for path in media])
-        name = Path(media[0]).stem
-        if name == "bad":
-            raise MediaError(f"{media[0]}: truncated")
-        return SimpleNamespace(
-            clip=SimpleNamespace(duration_s=self.duration_s, windows=lambda: [None] * self.windows),
-            ask=lambda question, task, frame=None: self._ask(name, question, task),
-        )
-
-    def _ask(self, name, question, task):
-        self.asked.append((name, task, question))
-        raw = self.say(name, task, question)
-        parsed = tasks.get(task).parse(raw, MediaContext(duration_s=self.duration_s))
-        return Answer(task, raw, parsed, Timings())
-
-
-def ave(name, label="dog", **more):
-    return {"event": label, "vid": name, "start_time": 0, "end_time": 10, **more}
-
-
-def write_lists(data, lists):
-    for place, records in lists.items():
-        folder = data / place.split("/")[0]
-        for kind in ("video", "audio", "image"):
-            (folder / kind).mkdir(parents=True, exist_ok=True)
-        for record in records:
-            name = record.get("vid", "x")
-            for file in (f"video/{name}.mp4", f"audio/{name}.wav", f"image/{name}.png"):
-                (folder / file).write_bytes(b"")
-        (data / f"{place}.json").write_text(json.dumps(records))
-    return data
-
-
-def arig(name, label="dog"):
-    media = {"visual_path": f"image/{name}.png", "audio_path": f"{name}.wav"}
-    return {**media, "vid": name, "a_obj": label, "top_left": [0, 0], "bottom_right": [112, 112]}
-
-
-def avqa(name, question, answer, kind):
-    return {"video_id": name, "vid": name, "question": question, "answer": answer, "type": kind}
-
-
-def say_dog(name, task, question):
-    if task == "arig":
-        return "The sounding object is dog. Its coordinates are <obj>(0,0)(112,100)</obj>."
-    if task == "avqa":
-        return "<answer>yes</answer>"
-    return "<event>dog, (0 10)</event>"
-
-
-@pytest.fixture
-def data(tmp_path):
-    existential = '["Audio-Visual", "Existential"]'
-    lists = {
-        "ave/test": [
-            ave("a", scene={"objects": 1, "silent": False}),
-            ave("b", scene={"objects": 2, "silent": True}),
-            ave("c", "cat", scene={"objects": 1, "silent": True}),
-        ],
-        "arig/test": [arig("a"), arig("b")],
-        "arig/test_unseen": [arig("c"), arig("d", "cat")],
-        "avqa/test": [
-            avqa("a", "Is there a dog?", "yes", existential),
-            avqa("a", "Is there a cat?", "no", existential),
-            avqa("a", "How many?", "two", '["Audio", "Counting"]'),
-        ],
-    }
-    return write_lists(tmp_path / "AVUIE_2", lists)
-
-
-@pytest.fixture
-def model(monkeypatch):
-    return install(monkeypatch, FakeModel(say_dog))
-
-
-def install(monkeypatch, *models):
-    waiting = list(models)
-    loaded = []
-
-    def load(bundle=None, engine="auto"):
-        loaded.append(bundle)
-        return waiting[len(loaded) - 1] if len(loaded) <= len(waiting) else waiting[-1]
-
-    monkeypatch.setattr(crab_edge, "load", load, raising=False)
-    models[0].loaded = loaded
-    return models[0]
-
-
-def lines_of(report):
-    return {(s.task, s.split, line.figure.name): line for s in report.scores for line in s.lines}
+from crab_edge import tasks
+from crab_edge.errors import CheckError, EngineError, InputError, TaskError
+from crab_edge.results import Choice, Event
+from crab_edge.tasks import Bar
+from tests.apps.scripted import (
+    FakeModel,
+    arig,
+    ave,
+    install,
+    lines_of,
+    say_dog,
+    write_lists,
+)
 
 
 def test_figures_of_all_lists(data, model, tmp_path):
@@ -411,109 +310,6 @@ def test_the_baselines_of_a_list_take_one_line(data, model, tmp_path):
 
 
 # Masks
-
-SEEN = "[10,10,100,100] [50,50]"
-
-
-def outlines(text, context):
-    """Box and point of "[x1,y1,x2,y2] [x,y]"."""
-    numbers = [int(number) for number in re.findall(r"\d+", text)]
-    if len(numbers) != 6:
-        return (Unparsed("no box and point"),)
-    return (Box("dog", *numbers[:4]), Points("dog", (tuple(numbers[4:]),)))
-
-
-@pytest.fixture
-def mask_task():
-    yield tasks.register(
-        dataclasses.replace(
-            tasks.get("arig"),
-            name="cut_out",
-            parse=outlines,
-            render=lambda results, context=None: SEEN,
-            truth=lambda record: (MaskFile("dog", Path(record["mask"])),),
-            metric="avs",
-            bars={},
-        )
-    )
-    tasks.unregister("cut_out")
-
-
-@pytest.fixture
-def mask_data(tmp_path):
-    """Three pictures of a red square on green, [20, 80) in both directions of 224, stored at 112 and 224."""
-    names = {"a": 224, "b": 112, "c": 224}
-    records = [
-        {
-            "vid": name,
-            "visual_path": f"image/{name}.png",
-            "audio_path": f"{name}.wav",
-            "mask": f"mask/{name}.png",
-        }
-        for name in names
-    ]
-    data = write_lists(tmp_path / "AVUIE_2", {"cut_out/test": records})
-    (data / "cut_out" / "mask").mkdir()
-    for name, side in names.items():
-        inside = np.zeros((224, 224), bool)
-        inside[20:80, 20:80] = True
-        picture = np.where(inside[:, :, None], (200, 20, 20), (20, 120, 30)).astype(np.uint8)
-        Image.fromarray(picture).resize((side, side), 0).save(data / "cut_out" / "image" / f"{name}.png")
-        Image.fromarray(inside.astype(np.uint8) * 255).save(data / "cut_out" / "mask" / f"{name}.png")
-    return data
-
-
-def test_masks_are_made_and_compared(mask_task, mask_data, monkeypatch, tmp_path):
-    pytest.importorskip("cv2")
-    monkeypatch.delenv(masks.WEIGHTS_VARIABLE, raising=False)
-    install(monkeypatch, FakeModel(lambda name, task, question: "nothing" if name == "c" else SEEN))
-    report = verb.run(None, mask_data, ["cut_out"], out=tmp_path)
-    found = {name: line.figure.value for (_, _, name), line in lines_of(report).items()}
-    assert found["J (valid only)"] > 80
-    assert found["J (invalid = 0)"] == pytest.approx(2 / 3 * found["J (valid only)"])
-    assert report.scores[0].mask_tools == ("grabcut",)
-    assert "cut_out test: masks made by grabcut" in results_table._notes(report)
-    # The lines hold box and points alone, the pictures are found again in the data folder.
-    [path] = tmp_path.glob("fake*/inference_cut_out.jsonl")
-    again = score_verb.run([path], data=mask_data)
-    assert [line.figure for line in again.scores[0].lines] == [line.figure for line in report.scores[0].lines]
-    with pytest.raises(InputError, match="can't be read"):
-        score_verb.run([path])
-
-
-def test_masks_of_the_answer_are_kept(mask_task, mask_data, monkeypatch, tmp_path):
-    full = masks.from_bits(np.ones((50, 60), bool), "dog", "sam2")
-
-    class Cutter(FakeModel):
-        def _ask(self, *asked):
-            answer = super()._ask(*asked)
-            return dataclasses.replace(answer, parsed=(*answer.parsed, full))
-
-    monkeypatch.setattr(masks, "choose", lambda: ("sam2", None))
-    install(monkeypatch, Cutter(lambda name, task, question: SEEN))
-    report = verb.run(None, mask_data, ["cut_out"], out=tmp_path)
-    assert report.scores[0].mask_tools == ("sam2",)
-    value = lines_of(report)["cut_out", "test", "J (valid only)"].figure.value
-    assert value == pytest.approx(100 * 60 * 60 / 224**2)
-    [path] = tmp_path.glob("fake*/inference_cut_out.jsonl")
-    row = json.loads(path.read_text().splitlines()[0])
-    assert row["crab_edge"]["masks"] == [{"type": "mask", **dataclasses.asdict(full), "counts": [0, 3000]}]
-    # Nothing has to be segmented again, so that no tool and no pictures are needed.
-    monkeypatch.setattr(masks, "choose", lambda: pytest.fail("no mask is to be made"))
-    assert score_verb.run([path], data=mask_data).scores[0].lines[0].figure.value == pytest.approx(value)
-
-
-def test_masks_that_cant_be_made_stop_the_run_before_it_begins(mask_task, mask_data, model, monkeypatch):
-    def missing():
-        raise DependencyError("masks need OpenCV")
-
-    monkeypatch.setattr(masks, "choose", missing)
-    with pytest.raises(DependencyError):
-        verb.run(None, mask_data, ["cut_out"])
-    assert not model.opened
-
-
-# The verb
 
 
 @pytest.fixture

@@ -2,9 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from crab_edge.training.data import Vocabulary, activity, box_arrays, group_by_lead
+from crab_edge.training.data import Vocabulary, activity, box_arrays, group_by_lead, spans
 from crab_edge.training.heads import (
+    BoxHead,
     CellHead,
+    NumberHead,
+    box_error,
     box_iou,
     cell_targets,
     class_prototypes,
@@ -76,3 +79,41 @@ def test_samples_of_one_prompt_share_their_lead():
     scene = SyntheticScenes().still(3)
     lead, chosen = group_by_lead(scene.samples, np.random.default_rng(0), 1)
     assert len(chosen) == 1 and chosen[0].lead == lead
+
+
+def test_spans_tell_when_a_lone_sound_began_and_the_last_one_ended():
+    sounds = [("dog", 0.9, 3.0), ("cat", 2.0, 4.2)]
+    found = spans(sounds, 150)
+    at = {second: found[round(second / 0.04)].tolist() for second in (0.4, 1.2, 2.4, 3.6, 5.2)}
+    assert at == {0.4: [-1, -1], 1.2: [1, -1], 2.4: [-1, -1], 3.6: [2, -1], 5.2: [-1, 4]}
+
+
+def test_number_and_box_heads_start_at_least_squares():
+    torch.manual_seed(0)
+    x = torch.randn(4000, 24)
+    boxes = 112 + 30 * torch.tanh(x[:, :4])
+    box = BoxHead(24)
+    before = box_error(box(x), boxes).mean()
+    box.fit(x, boxes)
+    assert box_error(box(x), boxes).mean() < 0.5 * before and (box(x) - boxes).abs().mean() < 6
+    numbers = NumberHead(24, 2)
+    values = torch.stack((boxes[:, 0], torch.full((4000,), -1.0)), dim=1)
+    numbers.fit(x, values)
+    said = numbers(x)[:, 0].argmax(dim=-1)
+    assert (said - boxes[:, 0]).abs().median() < 8
+    assert not numbers.project.weight[32:].any()  # nothing was known of the second number
+
+
+def test_box_error_is_nothing_for_equal_boxes_and_grows_with_distance():
+    truth = torch.tensor([[50.0, 50, 100, 100]]).repeat(3, 1)
+    error = box_error(truth + torch.tensor([[0.0], [10.0], [80.0]]), truth)
+    assert error[0].abs() < 1e-5 and error[0] < error[1] < error[2]
+
+
+def test_one_sample_of_every_task_is_kept():
+    from types import SimpleNamespace
+
+    samples = [SimpleNamespace(lead="a", task=t) for t in ["ave", "avvp", *["avqa"] * 9]]
+    for seed in range(20):
+        _, chosen = group_by_lead(samples, np.random.default_rng(seed), 4)
+        assert len(chosen) == 4 and {s.task for s in chosen} == {"ave", "avvp", "avqa"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crab_edge.model import build, nano_config
-from crab_edge.training.language import LanguageModule, centre_projections
+from crab_edge.training.language import LanguageModule, centre_projections, decode
 from crab_edge.training.starts import initialise_decoder
 
 
@@ -46,3 +46,25 @@ def test_centred_encoders_average_to_nothing(thinker):
         assert old.mean(dim=0).norm() > 1e-3
         assert new.mean(dim=0).norm() < 1e-4
         torch.testing.assert_close(new - new[:1], old - old[:1], atol=1e-4, rtol=1e-4)
+
+
+def test_held_clocks_dont_move_and_the_rest_does(thinker):
+    from types import SimpleNamespace
+
+    special = SimpleNamespace(im_start=1, vision_bos=2, audio_bos=3)
+    module = LanguageModule(thinker, special, [])
+    groups = module.base_groups(hold_clocks=True)
+    text = thinker.model.language_model
+    before = {name: p.detach().clone() for name, p in text.named_parameters()}
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.0)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    embeds = text.embed_tokens(ids)
+    positions = torch.arange(5).expand(3, 1, 5)
+    mask = torch.ones(5, 5).tril().bool()[None, None]
+    decode(text, embeds, positions, mask, 1)[0].square().sum().backward()
+    optimizer.step()
+    after = dict(text.named_parameters())
+    assert not any((after[n] != before[n]).any() for n in after if n.startswith("layers.0.self_attn."))
+    moved = (after["embed_tokens.weight"] != before["embed_tokens.weight"]).any(dim=1)
+    assert moved[[4, 5]].all() and not moved[[1, 2, 3]].any()
+    assert (after["layers.1.self_attn.v_proj.weight"] != before["layers.1.self_attn.v_proj.weight"]).any()

@@ -153,8 +153,6 @@ def test_records_of_the_other_tasks(others: Path, task: str) -> None:
 @pytest.mark.parametrize("task", OTHERS)
 def test_the_reader_takes_what_is_declared(others: Path, task: str) -> None:
     name = task.removesuffix("-music")
-    if name not in {t.name for t in tasks.all()}:
-        pytest.skip(f"no task {name} is declared")
     path = others / name / ("test_music.json" if task == "avqa-music" else "test.json")
     split = reader.read_split(path, tasks.get(name))
     reader.check_media([split])
