@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from crab_edge.errors import CrabError
 from crab_edge.resolved import Spent
 from crab_edge.results import Answer, Event, Result, Timings
+from crab_edge.router import RouterTrace
 from crab_edge.tasks import MediaContext, MediaRecipe, Parsed, Task
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class Asked:
     """A task with its instruction; `limit` bounds the tokens of each window's text.
 
     `frame`: the picture's number among the parts of the audio, for tasks that hear one of them.
-    `grammar`: the text is held to the task's form.
+    `grammar`: the text is held to the task's form. `router`: the routers are traced.
     """
 
     task: Task
@@ -33,10 +34,12 @@ class Asked:
     notices: list[str]
     frame: int | None = None
     grammar: bool = False
+    router: bool = False
     spent: Spent = field(default_factory=Spent)
     complete: bool = False
     _raws: list[str] = field(default_factory=list)
     _results: list[Result] = field(default_factory=list)
+    _traces: list[RouterTrace] = field(default_factory=list)
     _cut_off: bool = False
 
     def stopped(self) -> bool:
@@ -48,6 +51,10 @@ class Asked:
         self._raws.append(raw)
         self._results.extend(self._finished(self.task.parse(raw, context)))
         self._cut_off |= not ended
+
+    def add_trace(self, trace: RouterTrace) -> None:
+        """Takes the router trace of one window."""
+        self._traces.append(trace)
 
     def _finished(self, parsed: Parsed) -> Parsed:
         """What the task makes of its results and the picture; where that fails, the results and a notice."""
@@ -76,6 +83,7 @@ class Asked:
             timings=Timings(**steps, total_s=total),
             question=self.question,
             notices=tuple(notices),
+            router=RouterTrace.join(self._traces) if self._traces else None,
         )
 
 

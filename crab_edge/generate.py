@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,16 +17,21 @@ from crab_edge.errors import EngineError, InputError
 from crab_edge.positions import next_position, tmrope
 from crab_edge.prompt import MediaItem
 from crab_edge.resolved import Part, Shown, Spent
+from crab_edge.router import RouterTrace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from crab_edge.bundle import Bundle
-    from crab_edge.engines import Engine
+    from crab_edge.engines import Engine, Tracer
     from crab_edge.guide import Guide
+
+    Encoded = tuple[MediaItem, NDArray[np.float32]]
+    """A medium's placeholders and their embeddings [tokens, H]."""
 
 PREFILL_CHUNK = 1024
 KEPT_ENCODINGS = 8
+MEDIA = ("video", "image", "audio")
 
 
 class Generator:
@@ -39,7 +44,7 @@ class Generator:
         self._prefix: tuple[str, ...] | None = None
         self._prefix_length = 0
         self._prefix_position = 0
-        self._encodings: OrderedDict[str, tuple[MediaItem, NDArray[np.float32]]] = OrderedDict()
+        self._encodings: OrderedDict[str, Encoded] = OrderedDict()
 
     def start(self, shown: Shown, instruction: str, spent: Spent) -> tuple[NDArray[np.float32], int]:
         """Fills the cache with the prompt: logits of its last token, and the position of the answer's first.
@@ -65,16 +70,10 @@ class Generator:
     def _fill_prefix(self, shown: Shown, suffix_length: int, spent: Spent) -> None:
         encoded = [self._encode(part, spent) for part in shown.parts]
         started = time.perf_counter()
-        prompt = self.bundle.prompt
-        items = [item for item, _ in encoded]
-        ids = prompt.prefix(shown.lead, items)
+        ids = self.bundle.prompt.prefix(shown.lead, [item for item, _ in encoded])
         spent.prompt_tokens += len(ids) + suffix_length
         self._check_room(len(ids) + suffix_length)
-        positions = tmrope(ids, prompt.special, items, self.bundle.features)
-        embeds = self.bundle.embedding.rows(ids)
-        media = np.isin(ids, (prompt.special.video, prompt.special.image, prompt.special.audio))
-        if encoded:
-            embeds[media] = np.concatenate([rows for _, rows in encoded])
+        embeds, positions = self._prefix_inputs(ids, encoded)
         self._prefix = None
         self.engine.rewind(0)
         self._forward(embeds, positions)
@@ -82,7 +81,44 @@ class Generator:
         self._prefix_position = next_position(positions)
         spent.prefill_s += time.perf_counter() - started
 
-    def _encode(self, part: Part, spent: Spent) -> tuple[MediaItem, NDArray[np.float32]]:
+    def _prefix_inputs(
+        self, ids: NDArray[np.int64], encoded: Sequence[Encoded]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Embeddings [S, H] and positions [3, S] of a prefix with its media."""
+        special = self.bundle.prompt.special
+        positions = tmrope(ids, special, [item for item, _ in encoded], self.bundle.features)
+        embeds = self.bundle.embedding.rows(ids)
+        media = np.isin(ids, (special.video, special.image, special.audio))
+        if encoded:
+            embeds[media] = np.concatenate([rows for _, rows in encoded])
+        return embeds, positions
+
+    def trace(
+        self, tracer: Tracer, shown: Shown, instruction: str, answer: Sequence[int], spent: Spent
+    ) -> RouterTrace:
+        """The routers' weights over a prompt and the `answer` (token ids) that was generated for it.
+
+        One teacher-forced pass beside the engine's cache, which stays as it is.
+        """
+        encoded = [self._encode(part, spent) for part in shown.parts]
+        started = time.perf_counter()
+        prompt = self.bundle.prompt
+        prefix = prompt.prefix(shown.lead, [item for item, _ in encoded])
+        suffix, said = prompt.suffix(instruction), np.array(answer, np.int64)
+        embeds, before = self._prefix_inputs(prefix, encoded)
+        after = tmrope(suffix, prompt.special, (), self.bundle.features, start=next_position(before))
+        first = next_position(after)
+        spoken = np.broadcast_to(np.arange(first, first + len(said)), (3, len(said)))
+        rest = self.bundle.embedding.rows(np.concatenate([suffix, said]))
+        weights = tracer(np.concatenate([embeds, rest]), np.concatenate([before, after, spoken], axis=1))
+        media = {getattr(prompt.special, name): name for name in MEDIA}
+        modality = [media.get(int(i), "text") for i in (*prefix, *suffix)] + ["answer"] * len(said)
+        pieces = prompt.pieces([*prefix, *suffix]) + prompt.pieces(answer)
+        texts = ["" if name in MEDIA else piece for piece, name in zip(pieces, modality, strict=True)]
+        spent.trace_s += time.perf_counter() - started
+        return RouterTrace(tracer.layers, weights, tuple(texts), tuple(modality))
+
+    def _encode(self, part: Part, spent: Spent) -> Encoded:
         known = self._encodings.get(part.key)
         if known is None:
             item, rows = part.encode(self.engine, self.bundle.features, spent)

@@ -111,6 +111,8 @@ class PromptBuilder:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.special = SpecialIds(**ids)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._specials = {i: token.content for i, token in added.items() if token.special}
         self.cfg = cfg
 
     @property
@@ -129,6 +131,25 @@ class PromptBuilder:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, without the special tokens."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each id: special tokens by their name, the others so that they join to `decode`.
+
+        Where a character is spread over several ids, it stands at the last of them and the others are "".
+        """
+        out: list[str] = []
+        text = self.stream_decoder()
+        for i in map(int, ids):
+            if i in self._specials:
+                if out:
+                    out[-1] += text.finish()
+                text = self.stream_decoder()
+                out.append(self._specials[i])
+            else:
+                out.append(text.push(i))
+        if out:
+            out[-1] += text.finish()
+        return out
 
     def prefix(self, lead: str, items: Sequence[MediaItem]) -> NDArray[np.int64]:
         """int64 [S]: system prompt, start of the user's turn, lead sentence, every medium's placeholders."""

@@ -106,6 +106,7 @@ class Spent:
     encode_s: float = 0.0
     prefill_s: float = 0.0
     generate_s: float = 0.0
+    trace_s: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from crab_edge.router import RouterTrace
 
 Modality = Literal["audio", "visual", "audio-visual"]
 
@@ -91,6 +94,7 @@ class Timings:
     encode_s: float = 0.0
     prefill_s: float = 0.0
     generate_s: float = 0.0
+    trace_s: float = 0.0
     total_s: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -102,7 +106,8 @@ class Answer:
     """One task's answer for one clip.
 
     `parsed` holds the typed results in the order of the text; `raw` is what the model said, by window joined
-    with newlines when the clip was longer than one window.
+    with newlines when the clip was longer than one window. `router` holds the routers' weights where they
+    were asked for.
     """
 
     task: str
@@ -111,11 +116,11 @@ class Answer:
     timings: Timings
     question: str | None = None
     notices: tuple[str, ...] = ()
-    router: Any = field(default=None, compare=False)
+    router: RouterTrace | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries and lists, each result with its `type`."""
-        return {
+        """Plain dictionaries and lists, each result with its `type`; of a router trace its summary."""
+        content = {
             "task": self.task,
             "question": self.question,
             "raw": self.raw,
@@ -123,6 +128,7 @@ class Answer:
             "timings": asdict(self.timings),
             "notices": list(self.notices),
         }
+        return content if self.router is None else content | {"router": self.router.summary()}
 
 
 def results_to_json(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -173,7 +173,7 @@ class RouterTrace:
 
 
 def check_path(path: str | Path) -> Path:
-    """The path, if a trace can be written there. InputError for another suffix or a folder that isn't there."""
+    """The path, if a trace can be written there; InputError for another suffix or an unusable folder."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: a router trace is written as {' or '.join(SUFFIXES)}; name such a file")
@@ -203,5 +203,5 @@ def _replace(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
-            f"{path}: the router trace can't be written ({error.strerror}); free space or choose another place"
+            f"{path}: the router trace can't be written ({error.strerror}); choose another place"
         ) from error

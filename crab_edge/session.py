@@ -26,7 +26,7 @@ from crab_edge.tasks import MediaRecipe, Task
 
 if TYPE_CHECKING:
     from crab_edge.batch import Row
-    from crab_edge.engines import Engine
+    from crab_edge.engines import Engine, Traceable, Tracer
     from crab_edge.grammar import Grammars
 
 QUESTION_TASK = "avqa"
@@ -99,6 +99,19 @@ class Model:
             self._grammars = Grammars(self.bundle)
         return self._grammars
 
+    def traceable(self) -> Traceable:
+        """The engine, if it can read back the routers of this bundle; InputError if not."""
+        name = self.bundle.manifest.model.name
+        if self.bundle.manifest.model.adapter is None:
+            raise InputError(
+                f"{name} has no I-LoRA adapter, so there is no router to trace; ask without a router trace"
+            )
+        if not isinstance(self.engine, engines.Traceable):
+            raise InputError(
+                f"engine {self.engine.name} can't trace routers; use onnxruntime, or ask without a trace"
+            )
+        return self.engine
+
     def _acquire(self) -> None:
         if self._owner == threading.get_ident():
             raise CrabError("another answer of this model is still being streamed; finish or close it first")
@@ -165,6 +178,7 @@ class Session:
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
         grammar: bool = False,
+        router: bool = False,
     ) -> Answer | list[Answer]:
         """One answer to a question or a task; with neither, the answers of every task that applies.
 
@@ -172,14 +186,18 @@ class Session:
         same (data sets of one kind), the first is asked. `frame`: which of the five or ten equal parts of its
         video's sound a picture belongs to, for the tasks that hear one part of it. With `grammar` the tagged
         part of an answer is held to its task's form, so that it always parses (unless it is `cancelled`
-        half-way). Raises TaskError for a task that is unknown, doesn't take
-        this clip, or needs a question; DependencyError for `grammar` without the extra of that name.
+        half-way). With `router` the answer holds the weights of the decoder's routers for every token
+        (`crab_edge.router.RouterTrace`), from a pass over prompt and answer after each window's text; a
+        window whose text was `cancelled` has none. Raises TaskError for a task that is unknown, doesn't take
+        this clip, or needs a question; DependencyError for `grammar` without the extra of that name;
+        InputError for `router` where the bundle has no adapter or the engine can't trace.
         """
         how: dict[str, Any] = {
             "frame": frame,
             "max_new_tokens": max_new_tokens,
             "cancelled": cancelled,
             "grammar": grammar,
+            "router": router,
         }
         if question is not None or task is not None:
             return self.stream(question, task, **how).answer
@@ -199,6 +217,7 @@ class Session:
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
         grammar: bool = False,
+        router: bool = False,
     ) -> list[Answer]:
         """Several tasks, answered in the order given; `question` and `frame` go to those that use them.
 
@@ -212,6 +231,7 @@ class Session:
                 max_new_tokens,
                 cancelled,
                 grammar,
+                router,
             )
             for name in names
         ]
@@ -232,11 +252,13 @@ class Session:
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
         grammar: bool = False,
+        router: bool = False,
     ) -> Stream:
         """Like `ask` for one question or task, as a stream of text; the request is checked at once."""
         if task is None and question is None:
             raise TaskError("give a question or a task to stream")
-        asked = self._asked(question, task or QUESTION_TASK, frame, max_new_tokens, cancelled, grammar)
+        name = task or QUESTION_TASK
+        asked = self._asked(question, name, frame, max_new_tokens, cancelled, grammar, router)
         return Stream(self._pieces([[asked]]), asked)
 
     def _asked(
@@ -247,6 +269,7 @@ class Session:
         limit: int,
         cancelled: Callable[[], bool] | None,
         grammar: bool,
+        router: bool,
     ) -> Asked:
         task = tasks.get(name)
         reason = misfit(self.clip, task)
@@ -271,7 +294,9 @@ class Session:
         instruction = task.prompt(question)
         if grammar:
             self.model.grammars()
-        how = (limit, cancelled, notices, frame, grammar)
+        if router:
+            self.model.traceable()
+        how = (limit, cancelled, notices, frame, grammar, router)
         return Asked(task, recipe, self.clip, instruction, question, *how)
 
     def _hint(self) -> str:
@@ -291,7 +316,10 @@ class Session:
     def _pieces(self, groups: list[list[Asked]]) -> Iterator[str]:
         """Runs groups of requests that share a recipe; yields their text as it comes."""
         self.model._acquire()
+        tracer = None
         try:
+            if any(asked.router for group in groups for asked in group):
+                tracer = self.model.traceable().tracer()
             plan = [(group, windows(self.clip, group[0].recipe)) for group in groups]
             ahead = [(group[0].recipe, cut[:WINDOWS_AHEAD]) for group, cut in plan]
             self._prefetch(ahead, groups[0][0].spent)
@@ -303,10 +331,12 @@ class Session:
                     for asked in group:
                         if number:
                             yield "\n"
-                        yield from self._window(asked, window)
+                        yield from self._window(asked, window, tracer)
                 for asked in group:
                     asked.complete = True
         finally:
+            if tracer is not None:
+                tracer.close()
             self.model._release()
 
     def _prefetch(self, plan: list[tuple[MediaRecipe, list[Window | None]]], spent: Spent) -> None:
@@ -321,8 +351,8 @@ class Session:
                 video.prefetch(wanted)
         spent.decode_s += time.perf_counter() - started
 
-    def _window(self, asked: Asked, window: Window | None) -> Iterator[str]:
-        """One window of one request: prompt, tokens, text, typed results."""
+    def _window(self, asked: Asked, window: Window | None, tracer: Tracer | None) -> Iterator[str]:
+        """One window of one request: prompt, tokens, text, typed results, router trace."""
         if asked.stopped():
             return
         generator, spent = self.model._generator, asked.spent
@@ -351,6 +381,8 @@ class Session:
             spent.tokens += len(ids)
             raw = self.model.bundle.prompt.decode(ids).strip()
             asked.add(raw, about, ended=generator.ended)
+        if asked.router and tracer is not None and not asked.stopped():
+            asked.add_trace(generator.trace(tracer, shown, asked.instruction, ids, spent))
 
 
 def unfamiliar(question: str, templates: Sequence[str] | None) -> bool:

@@ -64,6 +64,35 @@ class Warmable(Protocol):
         """Starts opening the decoder and the towers named, and returns. Errors come with the first use."""
 
 
+class Tracer(Protocol):
+    """Teacher-forced passes through the decoder that give the weights of its routers, one after another.
+
+    `layers` are the module paths of the linears that the routers belong to.
+    """
+
+    layers: tuple[str, ...]
+
+    def __call__(self, embeds: Floats, position_ids: Integers) -> Floats:
+        """Embeddings float32 [S, H] at position_ids int64 [3, S] -> weights float32 [layers, S, experts].
+
+        Every call is a pass from an empty cache.
+        """
+
+    def close(self) -> None:
+        """Frees what the tracer holds."""
+
+
+@runtime_checkable
+class Traceable(Protocol):
+    """An engine that can read back the routers' weights."""
+
+    def tracer(self) -> Tracer:
+        """A new tracer; it has a cache of its own, so that the engine's cache and answers stay as they are.
+
+        InputError when the decoder has no router, EngineError when memory is too short to trace.
+        """
+
+
 def names() -> list[str]:
     """All engines there are, installed or not."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))

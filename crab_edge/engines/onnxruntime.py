@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from crab_edge.bundle import Bundle
+    from crab_edge.engines import Tracer
 
 PROVIDER = "CPUExecutionProvider"
 FIRST_CAPACITY = 1024
@@ -129,6 +130,12 @@ class OnnxRuntimeEngine:
             raise EngineError(f"can't rewind to {length}: the cache holds {self.length} tokens")
         self.length = length
 
+    def tracer(self) -> Tracer:
+        """Passes that give the routers' weights, beside this engine's cache. See `engines.Traceable`."""
+        from crab_edge.engines._onnxruntime_trace import RouterTracer
+
+        return RouterTracer(self._bundle, self._threads)
+
     def describe(self) -> dict[str, Any]:
         """Name, provider, version and threads."""
         return {
@@ -151,8 +158,11 @@ def _import() -> Any:
     return onnxruntime
 
 
-def _open(bundle: Bundle, name: str, threads: int) -> Any:
-    """One session, on the CPU provider and nothing else."""
+def _open(bundle: Bundle, name: str, threads: int, model: bytes | None = None) -> Any:
+    """One session, on the CPU provider and nothing else.
+
+    `model`: its bytes, where they aren't those of the bundle's file; external data are the bundle's.
+    """
     onnxruntime = _import()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -162,8 +172,12 @@ def _open(bundle: Bundle, name: str, threads: int) -> Any:
         # A tower runs once a clip: its threads must not spin beside the decoder's.
         options.add_session_config_entry("session.force_spinning_stop", "1")
     path = bundle.graph(name)
+    if model is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
+        session = onnxruntime.InferenceSession(model or str(path), options, providers=[PROVIDER])
     except Exception as error:
         raise BundleError(f"{path}: ONNX Runtime can't open it ({_one_line(error)}); {COPY_AGAIN}") from error
     session.disable_fallback()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import EngineError
+from ..errors import EngineError, InputError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -137,6 +137,10 @@ class TorchEngine:
             self._cache.crop(length - self.length)
         self.length = length
 
+    def tracer(self) -> TorchTracer:
+        """Passes that give the routers' weights, beside this engine's cache. See `engines.Traceable`."""
+        return TorchTracer(self)
+
     def describe(self) -> dict[str, Any]:
         """Name, device, dtype and versions."""
         import transformers
@@ -154,6 +158,37 @@ class TorchEngine:
     @staticmethod
     def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
         return tensor.float().cpu().numpy()
+
+
+class TorchTracer:
+    """`crab_edge.engines.Tracer` over the engine's model."""
+
+    def __init__(self, engine: TorchEngine) -> None:
+        from ..ilora.torch_layer import ILoRALayer
+
+        self._engine = engine
+        self._decoder = engine._inner.language_model
+        self.layers = tuple(
+            name for name, module in self._decoder.named_modules() if isinstance(module, ILoRALayer)
+        )
+        if not self.layers:
+            raise InputError("no linear of the decoder has a router; ask without a router trace")
+
+    def __call__(self, embeds: NDArray[np.float32], position_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Weights float32 [layers, S, experts] of one pass over embeds [S, H] at position_ids [3, S]."""
+        from ..ilora.torch_tuner import trace_routes
+
+        tensor = self._engine._tensor
+        with torch.inference_mode(), trace_routes(self._decoder) as routes:
+            self._decoder(
+                inputs_embeds=tensor(embeds[None]).to(self._decoder.dtype),
+                position_ids=tensor(position_ids[:, None]),
+                use_cache=False,
+            )
+        return np.stack([routes[name][0][0].float().numpy() for name in self.layers])
+
+    def close(self) -> None:
+        """Nothing to free: the pass kept no cache."""
 
 
 def create(bundle: Bundle, *, threads: int | None = None) -> TorchEngine:

@@ -7,7 +7,7 @@ of any exported decoder is its file and a few kilobytes, and nothing in the bund
 For every `crab::ILoRARoute` the addition computes g = softmax_fp32(R x) from the node's own input x and the
 rows of its own weight that are R, with the product that the node's body uses:
 
-    Gather rows of AR -> product with x -> Reshape [1, S, groups, experts] -> Cast float32 -> Softmax -> output
+    Gather R's rows of AR -> product with x -> Reshape [1, S, groups, experts] -> Cast float32 -> Softmax
 
 The Gathers fold into constants when the graph is opened, so a pass costs next to nothing more.
 """
