@@ -42,6 +42,13 @@ def command(
     grammar: Annotated[
         bool, typer.Option("--grammar/--no-grammar", help="Hold answers to their task's form.")
     ] = False,
+    router: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz|FILE.jsonl",
+            help="Write which expert spoke, by layer and token; of several tasks FILE.TASK.npz each.",
+        ),
+    ] = None,
 ) -> None:
     """Run every task that applies to a clip, or answer a question about it."""
     started = time.perf_counter()
@@ -58,15 +65,20 @@ def command(
     kinds = forced_kinds(forced, media)
     media += [path for paths in forced.values() for path in paths if path not in media]
     _check(media, names)
+    if router is not None:
+        from crab_edge.router import check_path
+
+        check_path(router)
 
     from crab_edge_apps import render
 
     session = _open(media, kinds, bundle, engine, threads, max_minutes)
     model = session.model
+    how: dict[str, Any] = {"max_new_tokens": max_tokens, "grammar": grammar, "router": router is not None}
     if question is not None and len(names) <= 1 and not as_json:
-        answers = [_stream(session, question, names[0] if names else None, max_tokens, grammar)]
+        answers = [_stream(session, question, names[0] if names else None, how)]
     else:
-        answers = _answers(session, question, names, max_tokens, grammar)
+        answers = _answers(session, question, names, how)
         if not as_json:
             render.heading(session.clip, media)
             for answer in answers:
@@ -78,6 +90,8 @@ def command(
     else:
         render.notices(answers)
         render.footer(model, time.perf_counter() - started)
+    if router is not None:
+        _save_traces(router, answers)
 
 
 def _check(media: list[Path], names: list[str]) -> None:
@@ -112,9 +126,7 @@ def _open(
     return crab_edge.load(bundle, engine, threads=threads).open(clip)
 
 
-def _answers(
-    session: Session, question: str | None, names: list[str], limit: int, grammar: bool
-) -> list[Answer]:
+def _answers(session: Session, question: str | None, names: list[str], how: dict[str, Any]) -> list[Answer]:
     from crab_edge import tasks
     from crab_edge.errors import TaskError
 
@@ -125,17 +137,28 @@ def _answers(
                 f"no task of {', '.join(names)} takes a question; leave it out or use --task avqa"
             )
     if names:
-        return session.ask_all(names, question, max_new_tokens=limit, grammar=grammar)
-    answers = session.ask(max_new_tokens=limit, grammar=grammar)
+        return session.ask_all(names, question, **how)
+    answers = session.ask(**how)
     return answers if isinstance(answers, list) else [answers]
 
 
-def _stream(session: Session, question: str, name: str | None, limit: int, grammar: bool) -> Answer:
+def _save_traces(path: Path, answers: list[Answer]) -> None:
+    """One trace goes to `path`, several to files beside it with the task in their names."""
+    traces = [(answer.task, answer.router) for answer in answers if answer.router is not None]
+    for number, (task, trace) in enumerate(traces):
+        if len(traces) > 1:
+            again = sum(name == task for name, _ in traces[:number])
+            trace.save(path.with_suffix(f".{task}{f'.{again + 1}' if again else ''}{path.suffix}"))
+        else:
+            trace.save(path)
+
+
+def _stream(session: Session, question: str, name: str | None, how: dict[str, Any]) -> Answer:
     """Prints the answer as it comes, then what was understood of it."""
     from crab_edge_apps import render
     from crab_edge_apps._text import printable
 
-    stream = session.stream(question, name, max_new_tokens=limit, grammar=grammar)
+    stream = session.stream(question, name, **how)
     for piece in stream:
         sys.stdout.write(printable(piece))
         sys.stdout.flush()

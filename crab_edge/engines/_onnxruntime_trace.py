@@ -97,16 +97,13 @@ class _TracedCache(engine._Cache):
         self._outputs = [traced_graph.output_name(number) for number in range(routes)]
         self._last: Any = None
 
-    def _binding(self) -> Any:
-        binding = super()._binding()
-        for name in self._outputs:
-            binding.bind_output(name)
-        return binding
-
     def run(
         self, embeds: NDArray[np.float32], position_ids: NDArray[np.int64], total: int
     ) -> NDArray[np.float32]:
         self._last = self._step if embeds.shape[1] == 1 else self._chunk
+        for name in self._outputs:
+            # Anew for every run: a binding keeps what was allocated for the last one.
+            self._last.bind_output(name)
         return super().run(embeds, position_ids, total)
 
     def weights(self) -> list[NDArray[np.float32]]:
