@@ -71,6 +71,7 @@ def command(
         check_path(router)
 
     from crab_edge_apps import render
+    from crab_edge_apps._text import printable
 
     session = _open(media, kinds, bundle, engine, threads, max_minutes)
     model = session.model
@@ -90,8 +91,9 @@ def command(
     else:
         render.notices(answers)
         render.footer(model, time.perf_counter() - started)
-    if router is not None:
-        _save_traces(router, answers)
+    for path in _save_traces(router, answers) if router is not None else ():
+        if not as_json:
+            print(f"router trace: {printable(str(path))}")
 
 
 def _check(media: list[Path], names: list[str]) -> None:
@@ -142,15 +144,16 @@ def _answers(session: Session, question: str | None, names: list[str], how: dict
     return answers if isinstance(answers, list) else [answers]
 
 
-def _save_traces(path: Path, answers: list[Answer]) -> None:
-    """One trace goes to `path`, several to files beside it with the task in their names."""
+def _save_traces(path: Path, answers: list[Answer]) -> list[Path]:
+    """One trace goes to `path`, several to files beside it with the task in their names; those written."""
     traces = [(answer.task, answer.router) for answer in answers if answer.router is not None]
-    for number, (task, trace) in enumerate(traces):
-        if len(traces) > 1:
-            again = sum(name == task for name, _ in traces[:number])
-            trace.save(path.with_suffix(f".{task}{f'.{again + 1}' if again else ''}{path.suffix}"))
-        else:
-            trace.save(path)
+    paths: list[Path] = []
+    for task, trace in traces:
+        place = path if len(traces) == 1 else path.with_suffix(f".{task}{path.suffix}")
+        if place not in paths:
+            trace.save(place)
+            paths.append(place)
+    return paths
 
 
 def _stream(session: Session, question: str, name: str | None, how: dict[str, Any]) -> Answer:
