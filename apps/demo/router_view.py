@@ -107,11 +107,13 @@ def router_html(trace: RouterTrace, language: str = "en") -> str:
     """The view of `trace` as an HTML fragment; `language` "en" or "zh" (a region such as "zh-CN" may follow).
 
     Media tokens and long texts are shown in bins, and the map holds the first windows only, so that the
-    fragment stays below about a megabyte whatever the trace. InputError for another language.
+    fragment stays below about a megabyte whatever the trace. InputError for another language, or for more than eight experts.
     """
     words = TEXTS.get(language.replace("_", "-").partition("-")[0].lower())
     if words is None:
         raise InputError(f"language {language!r}: expected one of {', '.join(TEXTS)}")
+    if trace.experts > len(COLOURS):
+        raise InputError(f"a trace of {trace.experts} experts; the view has colours for {len(COLOURS)}")
     names = [words["expert"].format(number + 1) for number in range(trace.experts)]
     parts = [
         f"<style>{STYLE}</style>",
