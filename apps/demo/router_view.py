@@ -107,7 +107,8 @@ def router_html(trace: RouterTrace, language: str = "en") -> str:
     """The view of `trace` as an HTML fragment; `language` "en" or "zh" (a region such as "zh-CN" may follow).
 
     Media tokens and long texts are shown in bins, and the map holds the first windows only, so that the
-    fragment stays below about a megabyte whatever the trace. InputError for another language, or for more than eight experts.
+    fragment stays below about a megabyte whatever the trace. InputError for another language, or for more
+    experts than there are colours (eight).
     """
     words = TEXTS.get(language.replace("_", "-").partition("-")[0].lower())
     if words is None:
