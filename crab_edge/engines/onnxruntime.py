@@ -173,7 +173,7 @@ def _open(bundle: Bundle, name: str, threads: int, model: bytes | None = None) -
         options.add_session_config_entry("session.force_spinning_stop", "1")
     path = bundle.graph(name)
     if model is not None:
-        # Nodes added at the end of the graph would else run last and keep every layer's activations till then.
+        # Nodes added at a graph's end would else run last and keep every layer's activations till then.
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)
