@@ -75,7 +75,7 @@ class Tracer(Protocol):
     def __call__(self, embeds: Floats, position_ids: Integers) -> Floats:
         """Embeddings float32 [S, H] at position_ids int64 [3, S] -> weights float32 [layers, S, experts].
 
-        Every call is a pass from an empty cache.
+        A call is a pass from position 0 on, whatever was traced before; the arrays aren't changed later.
         """
 
     def close(self) -> None:

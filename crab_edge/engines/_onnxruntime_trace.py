@@ -50,6 +50,7 @@ class RouterTracer:
         self._check_memory()
         self._model: bytes | None = model + traced_graph.addition(self._routes)
         self._cache: _TracedCache | None = None
+        self._last: tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]] | None = None
 
     def _check_memory(self) -> None:
         """Refuses what would push the machine into swapping, where its free memory can be measured."""
@@ -64,11 +65,17 @@ class RouterTracer:
             )
 
     def __call__(self, embeds: NDArray[np.float32], position_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Weights float32 [layers, S, experts] of one pass over embeds [S, H] at position_ids [3, S]."""
+        """Weights float32 [layers, S, experts] of one pass over embeds [S, H] at position_ids [3, S].
+
+        Whole chunks that the last call began with too, such as the media of several questions, aren't run
+        again.
+        """
         if self._cache is None:
             self._cache = _TracedCache(self._open(), self._bundle, len(self._routes))
-        out = []
-        for begin in range(0, len(embeds), CHUNK):
+        kept = self._in_common(embeds, position_ids) // CHUNK * CHUNK
+        out = [self._last[2][:, :kept]] if self._last is not None else []
+        self._last = None
+        for begin in range(kept, len(embeds), CHUNK):
             chunk = slice(begin, begin + CHUNK)
             total = min(begin + CHUNK, len(embeds))
             self._cache.reserve(total, begin)
@@ -76,7 +83,19 @@ class RouterTracer:
             # Each [1, S, groups, experts] becomes [groups, S, experts].
             groups = [np.swapaxes(weights[0], 0, 1) for weights in self._cache.weights()]
             out.append(np.concatenate(groups, axis=0))
-        return np.concatenate(out, axis=1)
+        weights = np.concatenate(out, axis=1)
+        self._last = (embeds, position_ids, weights)
+        return weights
+
+    def _in_common(self, embeds: NDArray[np.float32], position_ids: NDArray[np.int64]) -> int:
+        """Leading tokens that are those of the last call, so that the cache holds them."""
+        if self._last is None:
+            return 0
+        last_embeds, last_positions, _ = self._last
+        n = min(len(embeds), len(last_embeds))
+        same = (embeds[:n] == last_embeds[:n]).all(axis=1)
+        same &= (position_ids[:, :n] == last_positions[:, :n]).all(axis=0)
+        return n if same.all() else int(np.argmin(same))
 
     def _open(self) -> Any:
         if self._model is None:
@@ -87,7 +106,7 @@ class RouterTracer:
 
     def close(self) -> None:
         """Frees the session and its cache. Another call does nothing."""
-        self._model = self._cache = None
+        self._model = self._cache = self._last = None
 
 
 class _TracedCache(engine._Cache):

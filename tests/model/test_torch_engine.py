@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from crab_edge.engines.torch import TorchEngine, create
-from crab_edge.errors import EngineError
+from crab_edge.errors import EngineError, InputError
 from crab_edge.model import add_adapter, save_adapter, save_base
 
 S, H = 20, 64
@@ -115,3 +115,23 @@ def test_refusals(engine, prompt):
         engine.forward(x, p)
     with pytest.raises(EngineError, match="model directories"):
         create(None)
+
+
+def test_router_weights_are_those_of_the_steps(engine, prompt):
+    """One traced pass against the layers' own reports, step by step, and without touching the cache."""
+    from crab_edge.ilora.torch_tuner import trace_routes
+
+    x, p = prompt
+    tracer = engine.tracer()
+    weights = tracer(x[0], p[:, 0])
+    assert weights.shape == (len(tracer.layers), S, 3) and engine.length == 0
+    with trace_routes(engine._inner.language_model) as routes:
+        for i in range(S):
+            engine.forward(x[:, i : i + 1], p[..., i : i + 1])
+    stepped = np.stack([torch.cat(routes[name], dim=1)[0].numpy() for name in tracer.layers])
+    np.testing.assert_allclose(weights, stepped, atol=1e-5)
+
+
+def test_a_model_without_routers_cannot_be_traced(tiny):
+    with pytest.raises(InputError, match="no linear of the decoder has a router"):
+        TorchEngine(tiny).tracer()

@@ -40,7 +40,7 @@ def test_chunks_and_single_tokens_give_the_same(engine, tokens, monkeypatch):
     np.testing.assert_allclose(whole.sum(axis=-1), 1, atol=1e-6)
     for size in (59, 7, 1):
         monkeypatch.setattr(module, "CHUNK", size)
-        np.testing.assert_allclose(tracer(*tokens), whole, atol=2e-5)
+        np.testing.assert_allclose(engine.tracer()(*tokens), whole, atol=2e-5)
 
 
 def test_a_later_token_changes_no_earlier_weight(engine, tokens):
@@ -49,6 +49,30 @@ def test_a_later_token_changes_no_earlier_weight(engine, tokens):
     np.testing.assert_allclose(
         tracer(embeds[:30], positions[:, :30]), tracer(embeds, positions)[:, :30], atol=2e-5
     )
+
+
+def test_a_common_beginning_is_run_once(engine, tokens, monkeypatch):
+    """Exactly the weights of a fresh tracer, whatever came before; chunks end at the same places."""
+    monkeypatch.setattr(module, "CHUNK", 16)
+    embeds, positions = tokens
+    changed, moved = embeds.copy(), positions.copy()
+    changed[40] += 1
+    moved[1, 20] += 1
+    passes = [(embeds[:50], positions[:, :50]), (embeds, positions), (changed, positions)]
+    passes += [(changed[:33], moved[:, :33]), (changed[:33], moved[:, :33]), (changed[:5], moved[:, :5])]
+    tracer, starts = engine.tracer(), []
+    run = module._TracedCache.run
+
+    def counted(self, chunk, position_ids, total):
+        starts.append(total - chunk.shape[1])
+        return run(self, chunk, position_ids, total)
+
+    for one in passes:
+        expected = engine.tracer()(*one)
+        with monkeypatch.context() as patch:
+            patch.setattr(module._TracedCache, "run", counted)
+            np.testing.assert_array_equal(tracer(*one), expected)
+    assert starts == [0, 16, 32, 48, 48, 32, 48, 16, 32, 32, 0]
 
 
 def test_the_engine_goes_on_as_if_nothing_happened(bundle, engine, tokens):

@@ -102,6 +102,23 @@ def test_stream_does_not_wait_for_ever_on_what_is_no_text(builder):
     assert any(decoder.push(lone) for _ in range(20))
 
 
+@given(st.text(max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_pieces_join_to_the_text_between_special_tokens(text):
+    builder = _shared_builder()
+    special, ids = builder.special, builder.encode(text)
+    pieces = builder.pieces([special.im_start, *ids, special.audio, *ids])
+    assert len(pieces) == 2 * len(ids) + 2
+    assert "".join(pieces[1 : len(ids) + 1]) == builder.decode(ids) == "".join(pieces[len(ids) + 2 :])
+    assert (pieces[0], pieces[len(ids) + 1]) == ("<|im_start|>", "<|AUDIO|>")
+
+
+def test_pieces_show_a_character_at_its_last_token(builder):
+    ids = builder.encode("🐕")
+    assert len(ids) == 4 and builder.pieces(ids) == ["", "", "", "🐕"]
+    assert "".join(builder.pieces([*ids[:2], builder.special.im_end])) == "\ufffd<|im_end|>"
+
+
 def test_stream_passes_over_special_tokens(builder):
     decoder = builder.stream_decoder()
     dog = builder.encode("dog")
