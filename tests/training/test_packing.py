@@ -86,7 +86,12 @@ def test_every_question_stands_where_it_would_stand_alone(builder):
 def test_an_answer_may_have_its_loss_on_the_coordinates_alone(builder):
     packed = pack(builder, LEAD, ITEMS, QUESTIONS, [True] * len(QUESTIONS))
     whole = pack(builder, LEAD, ITEMS, QUESTIONS)
-    assert [builder.decode([t]) for t in packed.targets[packed.targets != IGNORE]] == ["3", "14", "159", "224"]
+    assert [builder.decode([t]) for t in packed.targets[packed.targets != IGNORE]] == [
+        "3",
+        "14",
+        "159",
+        "224",
+    ]
     assert (packed.targets != IGNORE).tolist() == whole.pixels.tolist() == packed.pixels.tolist()
 
 

@@ -54,7 +54,9 @@ def drills(truth: Truth, vocabulary: Vocabulary, random: np.random.Generator, li
     if truth.visual:
         for label, article, yes in _pairs(seen, vocabulary.seen, heard, limit, random):
             verb = "Is" if article else "Are"
-            out.append(_asked(f"{verb} there {f'{article} {label}'.strip()} in the {truth.visual}?", yes, lead))
+            out.append(
+                _asked(f"{verb} there {f'{article} {label}'.strip()} in the {truth.visual}?", yes, lead)
+            )
         for fact in alone:
             if fact.side is not None and len(seen) > 1:
                 verb = "are" if fact.plural else "is"

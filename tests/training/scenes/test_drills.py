@@ -34,7 +34,9 @@ def _answers(truth, seed=0, limit=4):
 def test_every_object_of_a_picture_is_asked_for_its_box_and_only_the_coordinates_count():
     boxes = [s for s in _answers(IMAGE) if s.task == "arig"]
     about = MediaContext(224, 224, 5.0)
-    found = {r.label: (r.x1, r.y1, r.x2, r.y2) for s in boxes for r in tasks.get("arig").parse(s.answer, about)}
+    found = {
+        r.label: (r.x1, r.y1, r.x2, r.y2) for s in boxes for r in tasks.get("arig").parse(s.answer, about)
+    }
     assert found == {"dog": (10, 20, 60, 90), "grapes": (100, 0, 224, 100)}
     assert all(s.metadata == {"loss": "coordinates"} for s in boxes)
     assert all(isinstance(r, Box) for s in boxes for r in tasks.get("arig").parse(s.answer, about))
