@@ -9,7 +9,7 @@ when the last sound ended. They are dropped with the stage.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from crab_edge.prompt import SpecialIds
 from crab_edge.training.heads import BoxHead, ClassHead, NumberHead, box_error, soft_numbers
 from crab_edge.training.packing import IGNORE, attention_mask
-from crab_edge.training.pointing import Pointing
+from crab_edge.training.pointing import Hidden, Pointing
 from crab_edge.training.towers import VisionGrid, audio_hidden, vision_hidden, vision_merge
 
 
@@ -34,19 +34,6 @@ def decode(
         x = layer(states[-1], attention_mask=mask, position_embeddings=rotary)
         states.append(x[0] if isinstance(x, tuple) else x)
     return text.norm(states[-1]), states
-
-
-class Hidden(NamedTuple):
-    """What the decoder held over a batch: normalised last states [B, S, H], what entered each layer and the
-    norm, cells and audio tokens bool [B, S], mask bool [B, 1, S, S], cosines and sines.
-    """
-
-    last: Tensor
-    states: list[Tensor]
-    seen: Tensor
-    heard: Tensor
-    mask: Tensor
-    rotary: tuple[Tensor, Tensor]
 
 
 class Auxiliary(nn.Module):
@@ -98,6 +85,7 @@ class LanguageModule(nn.Module):
         numbers: Sequence[int],
         *,
         prototypes: Tensor | None = None,
+        labels: Sequence[int] = (),
         auxiliary: float = 0.0,
         auxiliary_layer: int = 3,
         soft_pixels: float = 0.0,
@@ -119,7 +107,11 @@ class LanguageModule(nn.Module):
         self.auxiliary = Auxiliary(width, prototypes) if auxiliary > 0 and prototypes is not None else None
         self.pointing_weight = pointing
         last = self.thinker.config.text_config.num_hidden_layers - 1
-        self.pointing = Pointing(width, min(auxiliary_layer, last)) if pointing > 0 else None
+        self.pointing = (
+            Pointing(prototypes, labels, min(auxiliary_layer, last))
+            if pointing > 0 and prototypes is not None
+            else None
+        )
 
     @property
     def thinker(self) -> nn.Module:
@@ -184,12 +176,11 @@ class LanguageModule(nn.Module):
             cells = middle[found.seen].reshape(-1, 64, middle.shape[-1])
             extra = self.auxiliary(cells, middle[found.heard], batch)
             out["loss"] = answer + self.weight * sum(extra.values())
-        if self.pointing is not None and boxes is not None:
-            text = self.thinker.model.language_model
-            where = (found.seen, found.mask, found.rotary, self.numbers)
-            shown = self.pointing(text, found.states, batch, *where)
-            # Coordinates are a few tokens among many: said apart they get a loss of their own.
-            out["loss"] = out["loss"] + self.pointing_weight * (sum(shown.values()) + boxes)
+        if self.pointing is not None:
+            shown = self.pointing(self.thinker.model.language_model, found, batch, self.numbers)
+            # Coordinates are a few tokens among many: they get a loss of their own.
+            total = sum(shown.values()) + (0.0 if boxes is None else boxes)
+            out["loss"] = out["loss"] + self.pointing_weight * total
             extra |= shown
         out.update({name: value.detach() for name, value in extra.items()})
         return out
@@ -239,7 +230,8 @@ class LanguageModule(nn.Module):
             boxes = list(self.auxiliary.cell_box.parameters())
             heads = [p for n, p in self.auxiliary.named_parameters() if not n.startswith("cell_box.")]
         if self.pointing is not None:
-            boxes += self.pointing.parameters()
+            boxes += self.pointing.box.parameters()
+            heads += [p for n, p in self.pointing.named_parameters() if not n.startswith("box.")]
         groups = [
             {"params": [p for p in text if p.ndim > 1]},
             {"params": [p for p in text if p.ndim == 1], "weight_decay": 0.0},

@@ -91,9 +91,8 @@ class Trainer:
         self.prototypes: Tensor = class_prototypes(len(self.sources.labels), width)
         self.thinker = build(self.thinker_config, seed=recipe.seed)
         initialise_decoder(self.thinker.model.language_model, special_ids(self.thinker_config))
-        initialise_vocabulary(
-            self.thinker, label_ids(tokenizer, self.sources.labels), self.prototypes, self.numbers
-        )
+        self.labels = label_ids(tokenizer, self.sources.labels)
+        initialise_vocabulary(self.thinker, self.labels, self.prototypes, self.numbers)
 
     def train(self) -> Path:
         """Run what isn't done yet; returns the folder."""
@@ -209,6 +208,7 @@ class Trainer:
             special_ids(self.thinker_config),
             self.numbers,
             prototypes=self.prototypes,
+            labels=self.labels,
             auxiliary=recipe.auxiliary,
             auxiliary_layer=recipe.auxiliary_layer,
             soft_pixels=recipe.soft_numbers,

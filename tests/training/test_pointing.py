@@ -7,10 +7,11 @@ import torch
 from crab_edge.features import FeatureConfig
 from crab_edge.model import build, nano_config, special_ids, with_tokenizer
 from crab_edge.prompt import MediaItem, PromptBuilder
+from crab_edge.training.heads import cell_targets, class_prototypes
 from crab_edge.training.language import LanguageModule
 from crab_edge.training.packing import attention_mask, collate, pack
 from crab_edge.training.pointing import inside, said_boxes
-from crab_edge.training.tokenizer import number_ids, save_tokenizer, train_tokenizer
+from crab_edge.training.tokenizer import label_ids, number_ids, save_tokenizer, train_tokenizer
 
 LEAD = "This is an image:"
 SAID = "The sounding object is {}. Its coordinates are <obj>({},{})({},{})</obj>."
@@ -29,8 +30,16 @@ def module(tmp_path_factory):
     from tokenizers import Tokenizer
 
     numbers = number_ids(Tokenizer.from_file(str(path)))
+    labels = label_ids(Tokenizer.from_file(str(path)), ["dog", "cat"])
     made = LanguageModule(
-        build(config, seed=1), special_ids(config), numbers, auxiliary_layer=1, pointing=1.0, soft_pixels=3.0
+        build(config, seed=1),
+        special_ids(config),
+        numbers,
+        prototypes=class_prototypes(2, 64),
+        labels=labels,
+        auxiliary_layer=1,
+        pointing=1.0,
+        soft_pixels=3.0,
     )
     return made, builder
 
@@ -43,6 +52,9 @@ def _batch(builder):
     generator = torch.Generator().manual_seed(0)
     batch["patches"] = torch.randn(256, 1176, generator=generator)
     batch["chunks"], batch["lengths"] = torch.zeros(0, 80, 200), torch.zeros(0, dtype=torch.int64)
+    batch["activity"] = torch.zeros(0, 2, dtype=torch.uint8)
+    truth = cell_targets(np.array(list(BOXES.values()), np.float32), np.array([0, 1]))
+    batch["cell_label"] = torch.from_numpy(truth[0])[None]
     return batch
 
 
@@ -70,13 +82,10 @@ def test_its_attention_is_the_layers_own(module):
     with torch.no_grad():
         found = made.hidden(batch)
         said = said_boxes(batch, made.numbers)
-        share = made.pointing._attention(
-            text.layers[made.pointing.layer],
-            found.states[made.pointing.layer],
-            said.row,
-            said.column,
-            found.mask,
-            found.rotary,
+        row, column = said.row.flatten(), said.column.flatten()
+        first, last = (
+            made.pointing._attention(text.layers[made.pointing.layer], found, row, column, key)
+            for key in (0, -1)
         )
         normed = text.layers[made.pointing.layer].input_layernorm(found.states[made.pointing.layer])
         layer.config._attn_implementation = "eager"
@@ -84,8 +93,9 @@ def test_its_attention_is_the_layers_own(module):
         weights = layer(normed, attention_mask=bias, position_embeddings=found.rotary)[1]
         layer.config._attn_implementation = "sdpa"
     shared = layer.num_key_value_groups
-    want = weights[0, -shared:].transpose(0, 1)[said.column]
-    np.testing.assert_allclose(share, want, atol=1e-5)
+    by_place = weights[0].transpose(0, 1)[column]
+    np.testing.assert_allclose(first, by_place[:, :shared], atol=1e-5)
+    np.testing.assert_allclose(last, by_place[:, -shared:], atol=1e-5)
 
 
 def test_following_the_losses_makes_the_answer_say_the_boxes(module):
@@ -101,6 +111,9 @@ def test_following_the_losses_makes_the_answer_say_the_boxes(module):
         seen.append({k: float(v.detach()) for k, v in losses.items()})
     assert seen[-1]["point"] < 0.2 * seen[0]["point"]
     assert seen[-1]["fetch"] < 0.3 * seen[0]["fetch"]
+    assert seen[-1]["named"] < 0.3 * seen[0]["named"]
+    assert seen[-1]["look"] < 0.5 * seen[0]["look"]
+    assert seen[-1]["present"] < 0.2
     assert seen[-1]["answer_box"] < seen[0]["answer_box"] - 1.0
 
 
@@ -108,6 +121,10 @@ def test_a_batch_without_boxes_has_no_pointing_loss(module):
     made, builder = module
     item = MediaItem.visual("image", (1, 16, 16), builder.cfg)
     batch = collate([pack(builder, LEAD, [item], [("Where is it?", "left")])], builder.special.pad)
-    batch |= {k: v for k, v in _batch(builder).items() if k in ("patches", "chunks", "lengths")}
+    batch |= {
+        k: v
+        for k, v in _batch(builder).items()
+        if k in ("patches", "chunks", "lengths", "activity", "cell_label")
+    }
     losses = made(batch)
     assert "point" not in losses and torch.isfinite(losses["loss"])
