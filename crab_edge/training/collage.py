@@ -15,6 +15,8 @@ from PIL import Image
 
 from crab_edge.training.scenes.catalogue import Catalogue
 from crab_edge.training.scenes.compose import draw_background, draw_cutout
+from crab_edge.training.scenes.facts import Fact, Truth
+from crab_edge.training.scenes.plan import third
 
 SIDE = 224
 
@@ -60,10 +62,15 @@ def vary(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Collage:
-    """image uint8 [224, 224, 3]; boxes as in a rendered scene."""
+    """image uint8 [224, 224, 3]; boxes and truth as in a rendered scene; without sound."""
 
     image: np.ndarray
     boxes: list[tuple]
+    truth: Truth
+    frames: None = None
+    wave: None = None
+    duration_s: float = 0.0
+    samples: tuple = ()
 
 
 class Collages:
@@ -71,7 +78,7 @@ class Collages:
 
     def __init__(self, catalogue: Catalogue, seed: int = 0) -> None:
         infos = [*catalogue.classes, *catalogue.silent_pictures]
-        self._classes = [(c.label, pictures) for c in infos if (pictures := c.of("picture", False))]
+        self._classes = [(c, pictures) for c in infos if (pictures := c.of("picture", False))]
         self._backgrounds = [b for b in catalogue.backgrounds if not b.test]
         self.seed = seed
 
@@ -83,8 +90,9 @@ class Collages:
         count = int(random.integers(4, 9))
         low, high = (0.2, 0.5) if count < 6 else (0.15, 0.38)
         boxes: list[tuple] = []
+        facts: list[Fact] = []
         for kind in random.permutation(len(self._classes))[:count]:
-            label, pictures = self._classes[int(kind)]
+            info, pictures = self._classes[int(kind)]
             picture = pictures[int(random.integers(len(pictures)))]
             varied = Varied(vary(picture.array(), random))
             cutout = draw_cutout(varied, canvas, float(random.uniform(low, high)), random, True)
@@ -93,9 +101,13 @@ class Collages:
                 x, y = int(random.integers(0, max(SIDE - w, 1))), int(random.integers(0, max(SIDE - h, 1)))
                 if all(_overlap((x, y, x + w, y + h), box[1:5]) < 0.12 for box in boxes):
                     image.paste(cutout, (x, y), cutout)
-                    boxes.append((label, x, y, min(x + w, SIDE), min(y + h, SIDE), 0.0, 1e9))
+                    box = (x, y, min(x + w, SIDE), min(y + h, SIDE))
+                    boxes.append((info.label, *box, 0.0, 1e9))
+                    side = third((x + w / 2) / SIDE)
+                    said = (info.label, info.article, info.verb, bool(info.sounds), (0, 1), None)
+                    facts.append(Fact(*said, side=side, box=box))
                     break
-        return Collage(np.asarray(image), boxes)
+        return Collage(np.asarray(image), boxes, Truth(facts, 0.0, "image", False))
 
 
 class Mixed:

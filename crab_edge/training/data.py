@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from crab_edge.features import FeatureConfig, audio_chunks, log_mel, patches
 from crab_edge.prompt import MediaItem, PromptBuilder
-from crab_edge.tasks.recipes import TWO_VIDEOS
+from crab_edge.tasks.recipes import IMAGE_AUDIO, TWO_VIDEOS
 from crab_edge.training.heads import cell_targets
 from crab_edge.training.packing import collate, pack
 
 TOKEN_S = 0.04
+PICTURE = IMAGE_AUDIO.lead(True, False)
 
 
 class Scenes(Protocol):
@@ -228,7 +229,9 @@ def language_batch(
             if made is not None:
                 items.append(made[0])
                 parts.append(made[1])
-        packed.append(pack(builder, lead, items, [(s.instruction, s.answer) for s in samples]))
+        asked = [(s.instruction, s.answer) for s in samples]
+        only = [s.metadata.get("loss") == "coordinates" for s in samples]
+        packed.append(pack(builder, lead, items, asked, only))
     out = collate(packed, builder.special.pad)
     empty = {
         **EMPTY,
@@ -243,7 +246,10 @@ def language_batch(
 
 
 class LanguageBatches:
-    """Batches for the decoder: `kind(step)` says whether a step sees clips or stills."""
+    """Batches for the decoder: `kind(step)` says whether a step sees clips, stills or crowded pictures.
+
+    `drills(scene, lead, random)`: further samples for each scene; `crowded`: where crowded pictures are from.
+    """
 
     def __init__(
         self,
@@ -256,7 +262,10 @@ class LanguageBatches:
         questions: int,
         kind: Callable[[int], str],
         seed: int,
+        drills: Callable[[Any, str, np.random.Generator], list[Any]] | None = None,
+        crowded: Any = None,
     ) -> None:
+        self.drills, self.crowded = drills, crowded
         self.scenes, self.builder_args, self.vocabulary = scenes, builder_args, vocabulary
         self.batch, self.stills, self.questions, self.kind, self.seed = (
             batch,
@@ -276,13 +285,21 @@ class LanguageBatches:
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         kind = self.kind(step)
-        render, size = (self.scenes.clip, self.batch) if kind == "clip" else (self.scenes.still, self.stills)
+        render, size = {
+            "clip": (self.scenes.clip, self.batch),
+            "still": (self.scenes.still, self.stills),
+            "crowded": (getattr(self.crowded, "still", None), self.stills),
+        }[kind]
         rows = []
         for row in range(size):
             index = step * self.stills + row
             scene = render(index)
             rng = np.random.default_rng([self.seed, 77, index])
-            lead, chosen = group_by_lead(scene.samples, rng, self.questions)
+            lead, chosen = PICTURE, []
+            if scene.samples:
+                lead, chosen = group_by_lead(scene.samples, rng, self.questions)
+            if self.drills is not None:
+                chosen = [*chosen, *self.drills(scene, lead, rng)]
             rows.append((scene, lead, chosen))
         return language_batch(rows, self.builder, self.vocabulary)
 

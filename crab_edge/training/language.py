@@ -18,24 +18,22 @@ from torch import Tensor, nn
 from crab_edge.prompt import SpecialIds
 from crab_edge.training.heads import BoxHead, ClassHead, NumberHead, box_error, soft_numbers
 from crab_edge.training.packing import IGNORE, attention_mask
+from crab_edge.training.pointing import Hidden, Pointing
 from crab_edge.training.towers import VisionGrid, audio_hidden, vision_hidden, vision_merge
 
 
 def decode(
-    text: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor, capture: int
-) -> tuple[Tensor, Tensor]:
-    """The official decoder over embeddings [B, S, H], positions int64 [3, B, S], mask bool [B, 1, S, S].
+    text: nn.Module, embeds: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The official decoder over embeddings [B, S, H], mask bool [B, 1, S, S].
 
-    Returns (normalised last hidden states, hidden states after layer `capture` (1-based)), both [B, S, H].
+    Returns the normalised last hidden states [B, S, H] and what enters layer 0, 1, ... and the norm.
     """
-    x, middle = embeds, embeds
-    rotary = text.rotary_emb(embeds, positions)
-    for index, layer in enumerate(text.layers, start=1):
-        x = layer(x, attention_mask=mask, position_embeddings=rotary)
-        x = x[0] if isinstance(x, tuple) else x
-        if index == capture:
-            middle = x
-    return text.norm(x), middle
+    states = [embeds]
+    for layer in text.layers:
+        x = layer(states[-1], attention_mask=mask, position_embeddings=rotary)
+        states.append(x[0] if isinstance(x, tuple) else x)
+    return text.norm(states[-1]), states
 
 
 class Auxiliary(nn.Module):
@@ -87,9 +85,11 @@ class LanguageModule(nn.Module):
         numbers: Sequence[int],
         *,
         prototypes: Tensor | None = None,
+        labels: Sequence[int] = (),
         auxiliary: float = 0.0,
         auxiliary_layer: int = 3,
         soft_pixels: float = 0.0,
+        pointing: float = 0.0,
         train_projections: bool = False,
         train_towers: bool = False,
     ) -> None:
@@ -105,6 +105,13 @@ class LanguageModule(nn.Module):
         self.register_buffer("numbers", torch.tensor(list(numbers)), persistent=False)
         width = self.thinker.config.text_config.hidden_size
         self.auxiliary = Auxiliary(width, prototypes) if auxiliary > 0 and prototypes is not None else None
+        self.pointing_weight = pointing
+        last = self.thinker.config.text_config.num_hidden_layers - 1
+        self.pointing = (
+            Pointing(prototypes, labels, min(auxiliary_layer, last))
+            if pointing > 0 and prototypes is not None
+            else None
+        )
 
     @property
     def thinker(self) -> nn.Module:
@@ -132,8 +139,8 @@ class LanguageModule(nn.Module):
                 tokens = audio.proj(audio.ln_post(x))[valid]
         return cells, tokens
 
-    def hidden(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(last hidden [B, S, H], middle hidden, visual mask [B, S], audio mask [B, S])."""
+    def hidden(self, batch: dict[str, Tensor]) -> Hidden:
+        """The decoder's states over a batch."""
         ids = batch["ids"]
         cells, tokens = self.encode(batch)
         text = self.thinker.model.language_model
@@ -142,31 +149,40 @@ class LanguageModule(nn.Module):
         heard = ids == self.special.audio
         embeds = embeds.masked_scatter(seen[..., None], cells.to(embeds.dtype))
         embeds = embeds.masked_scatter(heard[..., None], tokens.to(embeds.dtype))
-        last, middle = decode(text, embeds, batch["positions"], attention_mask(batch["segment"]), self.layer)
-        return last, middle, seen, heard
+        rotary = text.rotary_emb(embeds, batch["positions"])
+        mask = attention_mask(batch["segment"])
+        last, states = decode(text, embeds, rotary, mask)
+        return Hidden(last, states, seen, heard, mask, rotary)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        last, middle, seen, heard = self.hidden(batch)
+        found = self.hidden(batch)
         targets = batch["targets"]
         asked = targets != IGNORE
-        logits = self.thinker.lm_head(last[asked]).float()
-        truth = targets[asked]
+        logits = self.thinker.lm_head(found.last[asked]).float()
+        truth, pixel = targets[asked], batch["pixels"][asked]
         each = F.cross_entropy(logits, truth, reduction="none")
-        if self.sigma > 0:
-            pixel = batch["pixels"][asked]
-            if bool(pixel.any()):
-                values = (self.numbers[None] == truth[pixel][:, None]).float().argmax(dim=-1)
-                log_p = F.log_softmax(logits[pixel], dim=-1)[:, self.numbers]
-                each = each.masked_scatter(pixel, -(soft_numbers(values, self.sigma) * log_p).sum(dim=-1))
+        if self.sigma > 0 and bool(pixel.any()):
+            values = (self.numbers[None] == truth[pixel][:, None]).float().argmax(dim=-1)
+            log_p = F.log_softmax(logits[pixel], dim=-1)[:, self.numbers]
+            each = each.masked_scatter(pixel, -(soft_numbers(values, self.sigma) * log_p).sum(dim=-1))
         answer = each.mean()
         out = {"loss": answer, "answer": answer.detach()}
-        if bool((pixel := batch["pixels"][asked]).any()):
-            out["answer_box"] = each[pixel].mean().detach()
+        boxes = each[pixel].mean() if bool(pixel.any()) else None
+        if boxes is not None:
+            out["answer_box"] = boxes.detach()
+        extra: dict[str, Tensor] = {}
         if self.auxiliary is not None:
-            width = middle.shape[-1]
-            extra = self.auxiliary(middle[seen].reshape(-1, 64, width), middle[heard], batch)
+            middle = found.states[self.layer]
+            cells = middle[found.seen].reshape(-1, 64, middle.shape[-1])
+            extra = self.auxiliary(cells, middle[found.heard], batch)
             out["loss"] = answer + self.weight * sum(extra.values())
-            out.update({name: value.detach() for name, value in extra.items()})
+        if self.pointing is not None:
+            shown = self.pointing(self.thinker.model.language_model, found, batch, self.numbers)
+            # Coordinates are a few tokens among many: they get a loss of their own.
+            total = sum(shown.values()) + (0.0 if boxes is None else boxes)
+            out["loss"] = out["loss"] + self.pointing_weight * total
+            extra |= shown
+        out.update({name: value.detach() for name, value in extra.items()})
         return out
 
     def _hold_clocks(self, text: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -213,6 +229,9 @@ class LanguageModule(nn.Module):
         if self.auxiliary is not None:
             boxes = list(self.auxiliary.cell_box.parameters())
             heads = [p for n, p in self.auxiliary.named_parameters() if not n.startswith("cell_box.")]
+        if self.pointing is not None:
+            boxes += self.pointing.box.parameters()
+            heads += [p for n, p in self.pointing.named_parameters() if not n.startswith("box.")]
         groups = [
             {"params": [p for p in text if p.ndim > 1]},
             {"params": [p for p in text if p.ndim == 1], "weight_decay": 0.0},
@@ -237,12 +256,13 @@ def fit_heads(module: LanguageModule, batches: Sequence[dict[str, Tensor]]) -> N
     cells, boxes, tokens, times = [], [], [], []
     with torch.no_grad():
         for batch in batches:
-            _, middle, seen, heard = module.hidden(batch)
+            found = module.hidden(batch)
+            middle = found.states[module.layer]
             states = F.rms_norm(middle.float(), middle.shape[-1:])
             inside = batch["cell_label"] >= 0
-            cells.append(states[seen].reshape(*inside.shape, -1)[inside])
+            cells.append(states[found.seen].reshape(*inside.shape, states.shape[-1])[inside])
             boxes.append(batch["cell_box"][inside])
-            tokens.append(states[heard])
+            tokens.append(states[found.heard])
             times.append(torch.cat((batch["second"][:, None], batch["span"]), dim=1))
     heads.cell_box.fit(torch.cat(cells), torch.cat(boxes))
     heads.second.fit(torch.cat(tokens), torch.cat(times))

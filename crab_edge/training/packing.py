@@ -49,12 +49,17 @@ def coordinate_tokens(builder: PromptBuilder, answer: Sequence[int]) -> list[boo
 
 
 def pack(
-    builder: PromptBuilder, lead: str, items: Sequence[MediaItem], samples: Sequence[tuple[str, str]]
+    builder: PromptBuilder,
+    lead: str,
+    items: Sequence[MediaItem],
+    samples: Sequence[tuple[str, str]],
+    coordinates_only: Sequence[bool] = (),
 ) -> Packed:
     """Pack (instruction, answer) pairs about the same media.
 
     Loss as in the Crab+ reference: from just after `<|im_start|>assistant`, so the newline, the answer and
-    `<|im_end|>`, not the newline that ends the turn.
+    `<|im_end|>`, not the newline that ends the turn. Answers marked in `coordinates_only` have it on their
+    coordinates alone.
     """
     prefix = builder.prefix(lead, items)
     where = tmrope(prefix, builder.special, items, builder.cfg)
@@ -73,9 +78,11 @@ def pack(
         target[first:-1] = whole[first + 1 :]
         # Nothing follows <|im_end|>, so it needn't be read.
         ids.append(whole[:-1])
-        targets.append(target[:-1])
         pixel = np.zeros(len(whole) - 1, np.bool_)
         pixel[first + 1 : -1] = coordinate_tokens(builder, said)
+        if number <= len(coordinates_only) and coordinates_only[number - 1]:
+            target[:-1][~pixel] = IGNORE
+        targets.append(target[:-1])
         pixels.append(pixel)
         segment.append(np.full(len(whole) - 1, number, np.int64))
         positions.append(np.broadcast_to(start + np.arange(len(whole) - 1), (3, len(whole) - 1)))

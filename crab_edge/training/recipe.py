@@ -54,7 +54,9 @@ class LanguageStage(StageRecipe):
     that see stills only, `stills_share` the share of still steps after that. `soft_numbers` is the width
     (pixels) of the soft targets for box numbers, 0 for plain cross-entropy. `auxiliary` weighs the
     throw-away heads on the hidden states after decoder layer `auxiliary_layer`. `hold_clocks` keeps the first
-    attention as it starts (see `starts`).
+    attention as it starts (see `starts`). `pointing` weighs the losses that teach answers to fetch boxes (see
+    `pointing`). `drills` is how many further questions of each kind a scene is asked, `crowded_share` the
+    share of the still steps that see crowded pictures of many objects (both with open scenes only).
     """
 
     questions: int = Field(8, gt=0)
@@ -66,6 +68,9 @@ class LanguageStage(StageRecipe):
     auxiliary_layer: int = Field(3, gt=0)
     train_projections: bool = False
     hold_clocks: bool = False
+    pointing: float = Field(0.0, ge=0)
+    drills: int = Field(0, ge=0)
+    crowded_share: float = Field(0.0, ge=0, le=1)
 
 
 class AdapterStage(LanguageStage):

@@ -91,9 +91,8 @@ class Trainer:
         self.prototypes: Tensor = class_prototypes(len(self.sources.labels), width)
         self.thinker = build(self.thinker_config, seed=recipe.seed)
         initialise_decoder(self.thinker.model.language_model, special_ids(self.thinker_config))
-        initialise_vocabulary(
-            self.thinker, label_ids(tokenizer, self.sources.labels), self.prototypes, self.numbers
-        )
+        self.labels = label_ids(tokenizer, self.sources.labels)
+        initialise_vocabulary(self.thinker, self.labels, self.prototypes, self.numbers)
 
     def train(self) -> Path:
         """Run what isn't done yet; returns the folder."""
@@ -209,22 +208,31 @@ class Trainer:
             special_ids(self.thinker_config),
             self.numbers,
             prototypes=self.prototypes,
+            labels=self.labels,
             auxiliary=recipe.auxiliary,
             auxiliary_layer=recipe.auxiliary_layer,
             soft_pixels=recipe.soft_numbers,
+            pointing=recipe.pointing,
             train_projections=projections,
             train_towers=train_towers,
         )
 
     def _questions(self, recipe: LanguageStage, test: bool = False) -> LanguageBatches:
         still_steps = int(recipe.stills_first * recipe.steps)
+        drills, crowded = (None, None) if test else self._drills(recipe)
 
         def kind(step: int) -> str:
             if not test and step < still_steps:
-                return "still"
-            # Evenly spread: step k is a still when the running share passes an integer there.
-            share = recipe.stills_share
-            return "still" if int((step + 1) * share) > int(step * share) else "clip"
+                count, still = step, True
+            else:
+                # Evenly spread: step k is a still when the running share passes an integer there.
+                share = recipe.stills_share
+                count = int(step * share)
+                still = int((step + 1) * share) > count
+            if not still:
+                return "clip"
+            share = 0.0 if crowded is None else recipe.crowded_share
+            return "crowded" if int((count + 1) * share) > int(count * share) else "still"
 
         return LanguageBatches(
             self.sources.test if test else self.sources.train,
@@ -235,7 +243,26 @@ class Trainer:
             questions=recipe.questions,
             kind=kind,
             seed=self.recipe.seed,
+            drills=drills,
+            crowded=crowded,
         )
+
+    def _drills(self, recipe: LanguageStage) -> tuple[Any, Any]:
+        """Further questions and crowded pictures, where the recipe wants them."""
+        if not recipe.drills and not recipe.crowded_share:
+            return None, None
+        from crab_edge.training.collage import Collages
+        from crab_edge.training.scenes import SceneSource
+        from crab_edge.training.scenes.drills import Drills
+
+        train = self.sources.train
+        if not isinstance(train, SceneSource):
+            raise InputError(
+                f"recipe {self.recipe.name}: drills and crowded_share need data.source = 'open', "
+                f"not {self.recipe.data.source!r}"
+            )
+        asked = Drills(train.vocabulary, recipe.drills) if recipe.drills else None
+        return asked, Collages(train.catalogue, self.recipe.seed) if recipe.crowded_share else None
 
     def _look(self, look: Any, module: nn.Module, make: Any, steps: int) -> dict[str, float]:
         if not steps or not self.run.main:

@@ -31,7 +31,7 @@ def teacher_forced(
     for step in range(first, first + steps):
         batch = make(step)
         with autocast():
-            last = module.hidden(batch)[0]
+            last = module.hidden(batch).last
             targets = batch["targets"]
             asked = targets != IGNORE
             guess = module.thinker.lm_head(last[asked]).argmax(dim=-1)

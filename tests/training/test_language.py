@@ -61,7 +61,7 @@ def test_held_clocks_dont_move_and_the_rest_does(thinker):
     embeds = text.embed_tokens(ids)
     positions = torch.arange(5).expand(3, 1, 5)
     mask = torch.ones(5, 5).tril().bool()[None, None]
-    decode(text, embeds, positions, mask, 1)[0].square().sum().backward()
+    decode(text, embeds, text.rotary_emb(embeds, positions), mask)[0].square().sum().backward()
     optimizer.step()
     after = dict(text.named_parameters())
     assert not any((after[n] != before[n]).any() for n in after if n.startswith("layers.0.self_attn."))

@@ -83,9 +83,22 @@ def test_every_question_stands_where_it_would_stand_alone(builder):
         assert together.targets[own].tolist() == alone.targets.tolist()
 
 
+def test_an_answer_may_have_its_loss_on_the_coordinates_alone(builder):
+    packed = pack(builder, LEAD, ITEMS, QUESTIONS, [True] * len(QUESTIONS))
+    whole = pack(builder, LEAD, ITEMS, QUESTIONS)
+    assert [builder.decode([t]) for t in packed.targets[packed.targets != IGNORE]] == [
+        "3",
+        "14",
+        "159",
+        "224",
+    ]
+    assert (packed.targets != IGNORE).tolist() == whole.pixels.tolist() == packed.pixels.tolist()
+
+
 def _loss(module, batch, embeds):
     text = module.thinker.model.language_model
-    x, _ = decode(text, embeds, batch["positions"], attention_mask(batch["segment"]), 1)
+    rotary = text.rotary_emb(embeds, batch["positions"])
+    x, _ = decode(text, embeds, rotary, attention_mask(batch["segment"]))
     asked = batch["targets"] != IGNORE
     logits = module.thinker.lm_head(x[asked])
     return torch.nn.functional.cross_entropy(logits, batch["targets"][asked], reduction="sum")
@@ -118,7 +131,8 @@ def test_the_decoder_equals_the_official_forward(builder, module):
     text = module.thinker.model.language_model
     embeds = text.embed_tokens(batch["ids"])
     with torch.no_grad():
-        ours, _ = decode(text, embeds, batch["positions"], attention_mask(batch["segment"]), 1)
+        rotary = text.rotary_emb(embeds, batch["positions"])
+        ours, _ = decode(text, embeds, rotary, attention_mask(batch["segment"]))
         official = text(
             inputs_embeds=embeds, position_ids=batch["positions"], use_cache=False
         ).last_hidden_state

@@ -55,7 +55,8 @@ def told():
         is_media = (places == 106) | (places == 100)
         embeds[:, is_media] = media[:, is_media]
         with torch.no_grad():
-            states = [decode(text, e[None], positions, mask, 2)[1][0] for e in embeds]
+            rotary = text.rotary_emb(embeds[:1], positions)
+            states = [decode(text, e[None], rotary, mask)[1][2][0] for e in embeds]
         out = {}
         for name, (token, value) in truth.items():
             own = places == token

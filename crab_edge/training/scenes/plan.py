@@ -210,13 +210,15 @@ def _whole(event: SoundEvent | None) -> tuple[int, int] | None:
 
 def _side(thing: Thing) -> str | None:
     """Third of the frame in which the object stays; None near a border between thirds."""
-    sides = set()
-    for x, _ in (thing.start, thing.end):
-        third = min(int(x * 3), 2)
-        if min(abs(x - 1 / 3), abs(x - 2 / 3)) < 0.04:
-            return None
-        sides.add(SIDES[third])
+    sides = {third(x) for x, _ in (thing.start, thing.end)}
     return sides.pop() if len(sides) == 1 else None
+
+
+def third(x: float) -> str | None:
+    """Side of the frame at x, a share of its width; None near a border between thirds."""
+    if min(abs(x - 1 / 3), abs(x - 2 / 3)) < 0.04:
+        return None
+    return SIDES[min(int(x * 3), 2)]
 
 
 def collide(a: Thing, b: Thing, duration: float, canvas: tuple[int, int]) -> bool:

@@ -35,7 +35,7 @@ def questions(truth: Truth, vocabulary: Vocabulary, random: np.random.Generator)
     seen, heard, both = truth.seen(), truth.heard(), truth.both()
     if noun:
         yes = bool(random.random() < 0.5) if seen else False
-        label, article = _asked(
+        label, article = existence(
             yes,
             [f for f in seen],
             [f for f in heard if not f.seen],
@@ -60,7 +60,7 @@ def questions(truth: Truth, vocabulary: Vocabulary, random: np.random.Generator)
             )
     if truth.has_audio:
         yes = bool(random.random() < 0.5) if heard else False
-        label, article = _asked(
+        label, article = existence(
             yes,
             heard,
             [f for f in seen if not f.heard and f.event_class],
@@ -142,7 +142,7 @@ def _compared(heard: list[Fact], random: np.random.Generator) -> list[Question]:
     return out
 
 
-def _asked(
+def existence(
     yes: bool,
     present: list[Fact],
     tempting: list[Fact],
