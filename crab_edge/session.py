@@ -20,7 +20,7 @@ from crab_edge.clip import Clip, Window
 from crab_edge.errors import CrabError, InputError, TaskError
 from crab_edge.generate import Generator
 from crab_edge.guide import guide
-from crab_edge.resolved import Spent, context, heard, misfit, resolve, streams, unused, windows
+from crab_edge.resolved import Spent, check_stride, context, heard, misfit, resolve, streams, unused, windows
 from crab_edge.results import Answer
 from crab_edge.tasks import MediaRecipe, Task
 
@@ -65,12 +65,13 @@ class Model:
         *media: str | Path | Sequence[str | Path | tuple[str | Path, str]] | Clip,
         kinds: Mapping[Path, str] | None = None,
         max_minutes: float | None = 10.0,
+        stride_s: float | None = None,
     ) -> Session:
         """Opens one clip: a media file, or several that belong together (an image and its sound).
 
         `kinds` forces a file's kind ("video", "image", "audio"), as pairs (path, kind) in a list do.
-        Longer clips than `max_minutes` are refused.
-        Raises MediaError or InputError.
+        Longer clips than `max_minutes` are refused. `stride_s`: windows of a long clip start so many seconds
+        apart (default: their length, 10 s). Raises MediaError or InputError.
         """
         if len(media) == 1 and isinstance(media[0], Clip):
             clip = media[0]
@@ -83,7 +84,7 @@ class Model:
             clip = Clip.open(paths, kinds=kinds, max_minutes=max_minutes)
         if isinstance(self.engine, engines.Warmable):
             self.engine.warm(vision=bool(clip.videos or clip.images), audio=bool(clip.audios))
-        return Session(self, clip)
+        return Session(self, clip, stride_s=stride_s)
 
     def analyze(self, paths: Iterable[str | Path], tasks: Sequence[str], **options: Any) -> Iterator[Row]:
         """Many clips, lazily: a row for each clip and task, errors as rows. See `crab_edge.batch.analyze`."""
@@ -138,9 +139,11 @@ class Stream:
 class Session:
     """One clip, ready for questions. `clip` is what was decoded, `notices` what is odd about it."""
 
-    def __init__(self, model: Model, clip: Clip) -> None:
+    def __init__(self, model: Model, clip: Clip, *, stride_s: float | None = None) -> None:
+        check_stride(stride_s)
         self.model = model
         self.clip = clip
+        self.stride_s = stride_s
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -281,7 +284,7 @@ class Session:
     def prepare(self, names: Sequence[str]) -> None:
         """Decodes what these tasks will need, without touching the engine: for reading ahead in a thread."""
         recipes = [tasks.get(name).recipe_for(streams(self.clip)) for name in names]
-        plan = [(recipe, windows(self.clip, recipe)) for recipe in dict.fromkeys(recipes)]
+        plan = [(recipe, windows(self.clip, recipe, self.stride_s)) for recipe in dict.fromkeys(recipes)]
         self._prefetch([(recipe, cut[:WINDOWS_AHEAD]) for recipe, cut in plan], Spent())
         for recipe, cut in plan:
             for audio in self.clip.audios[: recipe.audios]:
@@ -292,7 +295,7 @@ class Session:
         """Runs groups of requests that share a recipe; yields their text as it comes."""
         self.model._acquire()
         try:
-            plan = [(group, windows(self.clip, group[0].recipe)) for group in groups]
+            plan = [(group, windows(self.clip, group[0].recipe, self.stride_s)) for group in groups]
             ahead = [(group[0].recipe, cut[:WINDOWS_AHEAD]) for group, cut in plan]
             self._prefetch(ahead, groups[0][0].spent)
             for group, cut in plan:
