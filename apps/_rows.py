@@ -74,7 +74,7 @@ class RowFile:
             if self.replaced:
                 self._compact()
         except OSError:
-            pass  # The next run does it; until then `crab_edge.rows` leaves the old rows out.
+            pass  # The next run does it; until then `read_rows` leaves the old rows out.
         finally:
             self._close()
 
@@ -190,4 +190,4 @@ class RowFile:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows that are there, each counted once."""
-        return layout.rows(self.path)
+        return layout.read_rows(self.path)

@@ -69,8 +69,7 @@ class Request:
 
     def answer(self, session: Session, names: Sequence[str]) -> list[Answer]:
         """The answers of these of its tasks, which share the clip's decode and their recipes' prefixes."""
-        how = {"max_new_tokens": self.max_new_tokens, "grammar": self.grammar}
-        return session.ask_all(names, self.question, **how)
+        return session.ask_all(names, self.question, max_new_tokens=self.max_new_tokens, grammar=self.grammar)
 
 
 class Producer(Protocol):

@@ -1,4 +1,8 @@
-"""Typed results of the tasks. Times are seconds of the clip; coordinates are pixels of the original frame."""
+"""Typed results of the tasks. Times are seconds of the clip; coordinates are pixels of the original frame.
+
+Events have times of their own. Any other result of a clip that was cut into windows has the `window`
+(start_s, end_s) that it speaks of; it is None where the clip was taken as a whole.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+Span = tuple[float, float]
 Modality = Literal["audio", "visual", "audio-visual"]
 
 
@@ -29,6 +34,7 @@ class Box:
     y1: float
     x2: float
     y2: float
+    window: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Points:
 
     label: str
     xy: tuple[tuple[float, float], ...]
+    window: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Mask:
     width: int
     counts: tuple[int, ...]
     source: str
+    window: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Choice:
     """A short answer: a word, a number, an option."""
 
     value: str
+    window: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class Caption:
     """Free text."""
 
     text: str
+    window: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ class Unparsed:
     """The raw answer didn't have the task's form; `reason` says where it left it."""
 
     reason: str
+    window: Span | None = None
 
 
 Result = Event | Box | Points | Mask | MaskFile | Choice | Caption | Unparsed
@@ -126,10 +137,13 @@ class Answer:
 
 
 def results_to_json(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Results as dictionaries with a `type` field, for JSON."""
+    """Results as dictionaries with a `type` field, for JSON; `window` only where there is one."""
     out = []
     for result in results:
         if not is_dataclass(result):
             raise TypeError(f"expected a typed result, got {type(result).__name__}")
-        out.append({"type": type(result).__name__.lower(), **asdict(result)})
+        fields = asdict(result)
+        if fields.get("window", ()) is None:
+            del fields["window"]
+        out.append({"type": type(result).__name__.lower(), **fields})
     return out

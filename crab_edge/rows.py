@@ -80,6 +80,12 @@ class Row:
         return row | {"error": {"type": error.type, "message": error.message}}
 
 
+def schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a row of this version."""
+    found: dict[str, Any] = json.loads(Path(__file__).with_name("row.schema.json").read_text("utf-8"))
+    return found
+
+
 def clean(text: str) -> str:
     """Text that every JSON reader takes: bytes of a name that aren't UTF-8 become U+FFFD."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -129,7 +135,7 @@ def _row(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
     return row
 
 
-def rows(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """The rows of a folder or file that `crab-edge analyze` wrote, as dictionaries, each counted once.
 
     While a run with `--retry-errors` is under way, the file may hold an error row and, later, the row that

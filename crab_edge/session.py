@@ -282,13 +282,17 @@ class Session:
         return f"tasks that apply: {', '.join(names)}" if names else "no task applies to this clip"
 
     def prepare(self, names: Sequence[str]) -> None:
-        """Decodes what these tasks will need, without touching the engine: for reading ahead in a thread."""
+        """Decodes what these tasks will need, without touching the engine: for reading ahead in a thread.
+
+        Long sound that a task hears as a whole is left for its turn: that of several clips would fill the
+        memory.
+        """
         recipes = [tasks.get(name).recipe_for(streams(self.clip)) for name in names]
         plan = [(recipe, windows(self.clip, recipe, self.stride_s)) for recipe in dict.fromkeys(recipes)]
         self._prefetch([(recipe, cut[:WINDOWS_AHEAD]) for recipe, cut in plan], Spent())
         for recipe, cut in plan:
             for audio in self.clip.audios[: recipe.audios]:
-                if audio.audible(cut[0]):
+                if cut[0] is not None and audio.audible(cut[0]):
                     audio.waveform(cut[0])
 
     def _pieces(self, groups: list[list[Asked]]) -> Iterator[str]:
