@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,8 +222,11 @@ class Session:
         groups: dict[MediaRecipe, list[Asked]] = {}
         for entry in asked:
             groups.setdefault(entry.recipe, []).append(entry)
+        # Recipes that differ only in how they cut long media show the same of a short clip: one prefix.
+        kin = [replace(recipe, name="", audio="", windowed=False) for recipe in groups]
+        order = sorted(zip(map(kin.index, kin), groups.values(), strict=True), key=lambda pair: pair[0])
         if asked:
-            for _ in self._pieces(list(groups.values())):
+            for _ in self._pieces([group for _, group in order]):
                 pass
         return [entry.answer() for entry in asked]
 
