@@ -79,8 +79,8 @@ def command(
                 request=request,
                 retry_errors=retry_errors,
             ) as rows,
-            _opened_sinks(sinks, out) as sink_writer,
             Progress(figures) as progress,
+            _opened_sinks(sinks, out, progress) as sink_writer,
             _signals(progress) as stop,
         ):
             if sink_writer is not None:
@@ -119,13 +119,13 @@ def _sink_names(entries: Iterable[str] | None) -> list[str]:
     return names
 
 
-def _opened_sinks(names: list[str], out: Path) -> Any:
+def _opened_sinks(names: list[str], out: Path, progress: Progress) -> Any:
     """The sinks as a context manager, or one that gives None."""
     if not names:
         return nullcontext()
     from crab_edge_apps._sinks import open_sinks
 
-    return open_sinks(names, out)
+    return open_sinks(names, out, notice=progress.say)
 
 
 def _producer(bundle: Path | None, engine: str, threads: int | None, request: Request) -> Producer:
