@@ -93,7 +93,8 @@ def command(
         producer.close()
     print("\n".join(figures.summary([rows.path])))
     if stop.is_set() and not watch:
-        raise KeyboardInterrupt
+        print("crab-edge: interrupted; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130)
     if known is not None and figures.nothing_readable():
         raise InputError(f"none of the {len(known)} files could be read; the reasons are in {rows.path}")
 
@@ -211,7 +212,7 @@ def _signals(progress: Progress) -> Iterator[threading.Event]:
     def interrupt(*_: Any) -> None:
         if stop.is_set():
             progress.close()
-            print("crab-edge: error: interrupted", file=sys.stderr, flush=True)
+            print("crab-edge: interrupted", file=sys.stderr, flush=True)
             os._exit(130)
         stop.set()
         progress.say("stopping after the clip at hand; once more to leave at once")

@@ -17,33 +17,38 @@ import sys
 import time
 
 
-def stand_in(slow_s: float):
-    """An engine whose answer depends on nothing but the media's embeddings, so on the clip and the task."""
+def stand_in(slow_s: float, fast: int):
+    """An engine whose answer depends on nothing but the media's embeddings, so on the clip and the task.
+
+    A picture takes it `slow_s` seconds, except for the first `fast` ones, and a prompt at most 2 ms.
+    """
     from tests.fake_bundle import HIDDEN, FakeEngine
 
     class Engine(FakeEngine):
         def vision(self, pixel_values):
             import numpy as np
 
-            time.sleep(slow_s)
+            time.sleep(slow_s if len(self.vision_calls) >= fast else 0)
+            self.vision_calls.append(len(pixel_values))
             value = int(hashlib.sha256(pixel_values.tobytes()).hexdigest()[:4], 16)
             return np.full((len(pixel_values) // 4, HIDDEN), float(value), np.float32)
 
         def forward(self, embeds, position_ids):
             if embeds.shape[1] > 1:
+                time.sleep(min(slow_s, 0.002))
                 self._answers = f"a clip of {int(embeds.max())} and {embeds.shape[1]}"
             return super().forward(embeds, position_ids)
 
     return Engine
 
 
-def analyze(arguments: list[str], slow_s: float) -> int:
+def analyze(arguments: list[str], slow_s: float = 0.0, fast: int = 0) -> int:
     """The command line with every engine replaced by the stand-in; its exit code."""
     from crab_edge_apps.cli import run
 
     from crab_edge import engines
 
-    engine = stand_in(slow_s)
+    engine = stand_in(slow_s, fast)
     engines.create = lambda name, bundle, *, threads=None: engine(bundle)
     return run(arguments)
 

@@ -15,6 +15,7 @@ from crab_edge.rows import read_rows
 from tests import media
 
 KILLS = 50
+TASKS = ["--task", "avcap,avqa,arig", "--question", "Is it?"]  # the last one fails: a picture has no sound
 HERE = Path(__file__).resolve()
 
 
@@ -90,7 +91,7 @@ def size_of(out):
 
 def test_killed_at_fifty_random_points(server, inputs, fake_bundle, tmp_path):
     def command(out):
-        return ["analyze", inputs, "--task", "avcap,arig,s4", "--out", out, "--bundle", fake_bundle]
+        return ["analyze", inputs, *TASKS, "--out", out, "--bundle", fake_bundle]
 
     assert server.run(command(tmp_path / "whole")) == 0
     expected, size = comparable(tmp_path / "whole"), size_of(tmp_path / "whole")
@@ -101,9 +102,9 @@ def test_killed_at_fifty_random_points(server, inputs, fake_bundle, tmp_path):
         out = tmp_path / str(number)
         number += 1
         assert number < 4 * KILLS, "the runs end before they can be killed"
-        while killed < KILLS:
+        while killed < KILLS and size_of(out) < 0.97 * size:  # timings differ in length
             point = chance.uniform(size_of(out), size)
-            if chance.random() < 0.2:
+            if chance.random() < 0.1:
                 point = 0  # before the first row, or while the old ones are read
             status = server.run(command(out), out, point, chance.uniform(0, 0.01))
             assert status in (0, signal.SIGKILL)
@@ -113,7 +114,7 @@ def test_killed_at_fifty_random_points(server, inputs, fake_bundle, tmp_path):
             points.add(size_of(out))
         assert server.run(command(out)) == 0
         assert comparable(out) == expected
-    assert len(points) >= 10, f"killed at different points of the run, not only at {points} bytes"
+    assert len(points) >= 20, f"killed at different points of the run, not only at {points} bytes"
 
 
 def test_killed_while_errors_are_tried_again(server, inputs, fake_bundle, tmp_path):

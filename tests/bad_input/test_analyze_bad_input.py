@@ -144,7 +144,7 @@ def test_hostile_names(model, row_file, tmp_path):
 
 def run(arguments, limit=resource.RLIM_INFINITY, cwd=ROOT):
     """The command line with a stand-in engine in a process whose files may grow to `limit` bytes."""
-    script = "from tests.apps.killed_run import analyze; import sys; sys.exit(analyze(sys.argv[1:], 0))"
+    script = "from tests.apps.killed_run import analyze; import sys; sys.exit(analyze(sys.argv[1:]))"
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
