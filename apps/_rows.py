@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 NAME = "rows.jsonl"
 LOCK = ".rows.lock"
+_SYNC_EVERY_S = 1.0
 
 
 class RowFile:
@@ -43,6 +45,7 @@ class RowFile:
         self._retry_errors = retry_errors
         self._file = self._lock = -1
         self._end = 0
+        self._synced_at = 0.0
         self._known: dict[tuple[str, ...], list[str]] = {}
         """Paths of the rows that are there, by content and task."""
         self._errors: set[tuple[Any, ...]] = set()
@@ -71,6 +74,8 @@ class RowFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if error is None:
+                self._sync()
             if self.replaced:
                 self._compact()
         except OSError:
@@ -158,9 +163,10 @@ class RowFile:
         return False
 
     def add(self, row: Row) -> dict[str, Any]:
-        """Appends one row and returns it as it was written; it is on the disk then.
+        """Appends one row and returns it as it was written.
 
-        CrabError if it can't be written: the file is as it was before.
+        No kill can take it then; it is on the disk within a second, should the power fail. CrabError if it
+        can't be written: the file is as it was before.
         """
         asked = self._asked(row.task)
         del asked["task"]
@@ -170,15 +176,26 @@ class RowFile:
             rest = memoryview(line)
             while rest:
                 rest = rest[os.write(self._file, rest) :]
-            os.fdatasync(self._file)
         except OSError as error:
             self._take_back()
-            raise CrabError(
-                f"{self.path}: can't be written ({error.strerror}); make room and run the same command again"
-            ) from error
+            raise self._unwritable(error) from error
         self._end += len(line)
         self.replaced |= layout.place(content) in self._errors
+        if time.monotonic() - self._synced_at >= _SYNC_EVERY_S:
+            self._sync()
         return content
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._file)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._synced_at = time.monotonic()
+
+    def _unwritable(self, error: OSError) -> CrabError:
+        return CrabError(
+            f"{self.path}: can't be written ({error.strerror}); make room and run the same command again"
+        )
 
     def _take_back(self) -> None:
         """Half a line goes as far as the disk allows; the next run would drop it as well."""
