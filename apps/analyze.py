@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +27,7 @@ def command(
     ],
     paths: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PATH...", help="Files, folders, patterns, @LIST, - (a list on stdin)."),
+        typer.Argument(metavar="PATH", help="Files, folders, patterns, @LIST, - (a list on stdin)."),
     ] = None,
     lists: Annotated[
         list[Path] | None, typer.Option("--list", help="File with one path a line; - is stdin.")
@@ -193,12 +193,17 @@ def _work(
         return known
 
     progress.update()
-    for row, clip in producer.produce(files, request, skip, stop):
-        content = rows.add(row)
-        if sinks is not None:
-            sinks.add(content, clip)
-        figures.count(row)
-        progress.update(Path(row.media[0]).name)
+    with closing(producer.produce(files, request, skip, stop)) as produced:
+        try:
+            for row, clip in produced:
+                content = rows.add(row)
+                if sinks is not None:
+                    sinks.add(content, clip)
+                figures.count(row)
+                progress.update(Path(row.media[0]).name)
+        except BaseException:
+            stop.set()  # or a producer that waits for further files would wait for ever
+            raise
 
 
 @contextmanager

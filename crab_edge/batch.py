@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -80,7 +80,7 @@ class Producer(Protocol):
 
     def produce(
         self, files: Iterable[Path], request: Request, skip: Skip, stop: threading.Event
-    ) -> Iterator[tuple[Row, Clip | None]]:
+    ) -> Generator[tuple[Row, Clip | None], None, None]:
         """One row for each file and task, as soon as it is there, a file's rows one after the other.
 
         `files` may be endless and may block until there is another file. `skip` is asked once for each row,
@@ -97,6 +97,8 @@ class Producer(Protocol):
 
 def identify(path: Path) -> str:
     """SHA-256 (hex) of a media file. MediaError if it can't be read or is no regular file."""
+    if os.path.isdir(path):  # listing files gives those folders that it couldn't look into
+        raise MediaError(f"{shown(path)}: this folder can't be listed; check its permissions")
     try:
         check_file(path)
         return file_sha256(path)
@@ -139,12 +141,12 @@ def _everything(sha256: str | None, path: str, task: str) -> bool:
     return False
 
 
-def _only_rows(pairs: Iterator[tuple[Row, Clip | None]]) -> Iterator[Row]:
+def _only_rows(pairs: Generator[tuple[Row, Clip | None], None, None]) -> Iterator[Row]:
     try:
         for row, _ in pairs:
             yield row
     finally:
-        pairs.close()  # type: ignore[attr-defined]
+        pairs.close()
 
 
 @dataclass
@@ -170,7 +172,7 @@ class LocalProducer:
 
     def produce(
         self, files: Iterable[Path], request: Request, skip: Skip, stop: threading.Event
-    ) -> Iterator[tuple[Row, Clip | None]]:
+    ) -> Generator[tuple[Row, Clip | None], None, None]:
         """See `Producer`."""
         jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=self._ahead)
         abandoned = threading.Event()
@@ -237,7 +239,7 @@ class LocalProducer:
                 job.error = error
         return job
 
-    def _answer(self, job: _Job, request: Request) -> Iterator[tuple[Row, Clip | None]]:
+    def _answer(self, job: _Job, request: Request) -> Generator[tuple[Row, Clip | None], None, None]:
         """The rows of one file: answered together, so that tasks share their prefixes."""
         media = (str(job.path),)
         if job.session is None:

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import jsonschema
 import pytest
 
 from crab_edge.batch import Request, find_media
+from crab_edge.rows import schema
 from tests import media
 
 CAPTION = "a dog"
@@ -40,6 +42,9 @@ def test_one_row_for_each_clip_and_task(cli, folder, tmp_path):
     out = tmp_path / "out"
     ran = cli("analyze", folder, "--task", "avcap,ave", "--out", out, answers_=CAPTION)
     assert ran.code == 0, ran.err
+    validator = jsonschema.Draft202012Validator(schema())
+    for row in rows(out):
+        validator.validate(row)
     found = {(row["media"][0].split("/in/")[1], row["task"]): row for row in rows(out)}
     assert len(found) == len(rows(out)) == 8
     good = found["b.mp4", "avcap"]

@@ -192,6 +192,13 @@ def test_a_sink_that_fails_costs_no_row(cli, folder, tmp_path, sinks):
     assert sinks.opened[1].calls == ["enter", ("rebuild", 1), "add", "add", "exit"]
 
 
+def test_an_error_ends_the_watch(cli, folder, tmp_path, sinks):
+    sinks.failing.append(CrabError("rows.csv: can't be written; make room"))
+    words = ["analyze", folder, "--task", "avcap", "--out", tmp_path / "out", "--sink", "csv"]
+    ran = cli(*words, "--watch", "--settle", "0", answers_=CAPTION)
+    assert ran.code == 1 and "make room" in ran.err and len(list(read_rows(tmp_path / "out"))) == 1
+
+
 def test_a_clip_is_open_while_the_sinks_see_it(cli, clips, tmp_path, sinks, monkeypatch):
     shapes = []
     monkeypatch.setattr(

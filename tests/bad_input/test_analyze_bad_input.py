@@ -9,12 +9,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from crab_edge.batch import Request
 from crab_edge.bundle import Bundle
 from crab_edge.errors import CrabError, InputError
-from crab_edge.rows import Row, RowError, media_paths, read_rows
+from crab_edge.rows import Row, RowError, media_paths, read_rows, schema
 from crab_edge.session import Model
 from tests import media
 from tests.fake_bundle import FakeEngine, write_fake_bundle
@@ -134,6 +135,8 @@ def test_hostile_names(model, row_file, tmp_path):
                 rows.add(row)
     lines = (tmp_path / "out" / "rows.jsonl").read_bytes().decode("utf-8").split("\n")
     assert len(lines) == len(HOSTILE) + 1 and lines[-1] == "", "a line each, once"
+    for line in lines[:-1]:
+        jsonschema.validate(json.loads(line), schema())
     found = {os.fsencode(path): row for row in map(json.loads, lines[:-1]) for path in media_paths(row)}
     assert set(found) == {os.fsencode(folder) + b"/" + name for name in HOSTILE}
     for number, name in enumerate(HOSTILE):
