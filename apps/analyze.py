@@ -56,6 +56,12 @@ def command(
     settle: Annotated[
         float, typer.Option(min=0.0, help="With --watch: a file is whole when unchanged for so many seconds.")
     ] = 5.0,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Share the work among a Ray cluster; or: local.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: models at work; default: all that find room.")
+    ] = None,
 ) -> None:
     """Run tasks over many clips; a file that can't be used becomes an error row and the run goes on."""
     from crab_edge_apps._batch_progress import Figures, Progress
@@ -69,7 +75,9 @@ def command(
     files = _Files(paths or [], lists or [])
     known = None if watch else files.listed()
     figures = Figures(None if known is None else len(known), len(request.tasks))
-    producer = _producer(bundle, engine, threads, request)
+    if workers is not None and ray is None:
+        raise InputError("--workers is for --ray; add --ray ADDRESS or leave it out")
+    producer = _producer(bundle, engine, threads, request.grammar, ray, workers)
     try:
         with (
             RowFile(
@@ -129,13 +137,21 @@ def _opened_sinks(names: list[str], out: Path, progress: Progress) -> Any:
     return open_sinks(names, out, notice=progress.say)
 
 
-def _producer(bundle: Path | None, engine: str, threads: int | None, request: Request) -> Producer:
-    """Who answers the work list."""
+def _producer(
+    bundle: Path | None, engine: str, threads: int | None, grammar: bool, ray: str | None, workers: int | None
+) -> Producer:
+    """Who answers the work list: a model in this process, or workers elsewhere."""
+    if ray is not None:
+        from crab_edge_apps import _ray
+
+        return _ray.connect(
+            ray, bundle=bundle, engine=engine, threads=threads, workers=workers, grammar=grammar
+        )
     import crab_edge
     from crab_edge.batch import LocalProducer
 
     model = crab_edge.load(bundle, engine, threads=threads)
-    if request.grammar:
+    if grammar:
         model.grammars()
     return LocalProducer(model)
 

@@ -67,6 +67,7 @@ def test_a_list_on_standard_input(named, folder, monkeypatch):
         ([], "no media given"),
         (["in", "--stride", "11"], "stride"),
         (["in", "--sink", "gif"], "unknown sink 'gif'"),
+        (["in", "--workers", "2"], "--workers is for --ray"),
     ],
 )
 def test_wrong_words_write_nothing(cli, folder, tmp_path, sinks, words, says):
@@ -206,6 +207,35 @@ def test_a_clip_is_open_while_the_sinks_see_it(cli, clips, tmp_path, sinks, monk
     )
     assert cli("analyze", clips["av"], "--task", "avcap,ave", "--out", tmp_path, "--sink", "video").code == 0
     assert shapes == [(2, 224, 224, 3)] * 2
+
+
+def test_another_producer_answers_the_same_list(cli, folder, tmp_path, fake_bundle, monkeypatch, sinks):
+    """What stands behind --ray is told everything, its rows are written here, and it is closed."""
+    import crab_edge_apps
+
+    told = {}
+
+    class Elsewhere:
+        bundle, engine = "far/w4@0", {"name": "far"}
+
+        def produce(self, files, request, skip, stop):
+            for path in files:
+                names = [name for name in request.tasks if not skip("1" * 64, str(path), name)]
+                yield from ((answer(str(path), 3.0, name), None) for name in names)
+
+        def close(self):
+            told["closed"] = True
+
+    module = types.ModuleType("crab_edge_apps._ray")
+    module.connect = lambda address, **options: told.update(options, address=address) or Elsewhere()
+    monkeypatch.setitem(sys.modules, "crab_edge_apps._ray", module)
+    monkeypatch.setattr(crab_edge_apps, "_ray", module, raising=False)
+    words = ["analyze", folder, "--task", "avcap,ave", "--out", tmp_path / "out", "--ray", "head:6379"]
+    ran = cli(*words, "--workers", "3", "--threads", "2", "--grammar")
+    assert ran.code == 0 and "6 answers" in ran.out
+    options = {"engine": "auto", "threads": 2, "workers": 3, "grammar": True, "bundle": fake_bundle}
+    assert told == options | {"address": "head:6379", "closed": True}
+    assert {row["engine"]["name"] for row in read_rows(tmp_path / "out")} == {"far"} and not cli.engines
 
 
 def answer(path, seconds, task="avcap"):
