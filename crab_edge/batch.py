@@ -133,11 +133,11 @@ def analyze(
     if grammar:
         model.grammars()
     files = find_media([paths] if isinstance(paths, (str, Path)) else paths)
-    rows = producer.produce(files, request, skip or _everything, stop or threading.Event())
+    rows = producer.produce(files, request, skip or _skip_nothing, stop or threading.Event())
     return _only_rows(rows)
 
 
-def _everything(sha256: str | None, path: str, task: str) -> bool:
+def _skip_nothing(sha256: str | None, path: str, task: str) -> bool:
     return False
 
 
@@ -155,7 +155,8 @@ class _Job:
     names: list[str]
     sha256: str | None = None
     session: Session | None = None
-    error: Exception | None = None
+    error: RowError | None = None
+    """Not the exception: its traceback would keep the clip."""
 
 
 class LocalProducer:
@@ -222,7 +223,7 @@ class LocalProducer:
         try:
             job.sha256 = identify(path)
         except CrabError as error:
-            job.error = error
+            job.error = RowError.of(error)
         job.names = [name for name in job.names if not skip(job.sha256, str(path), name)]
         if job.error is None and job.names:
             try:
@@ -236,16 +237,15 @@ class LocalProducer:
                     )
                 job.session = session
             except Exception as error:
-                job.error = error
+                job.error = RowError.of(error)
         return job
 
     def _answer(self, job: _Job, request: Request) -> Generator[tuple[Row, Clip | None], None, None]:
         """The rows of one file: answered together, so that tasks share their prefixes."""
         media = (str(job.path),)
         if job.session is None:
-            error = RowError.of(job.error or MediaError("not opened"))
             for name in job.names:
-                yield Row(media, name, job.sha256, error=error), None
+                yield Row(media, name, job.sha256, error=job.error), None
             return
         session = job.session
         with session.clip as clip:

@@ -36,6 +36,7 @@ def clips(tmp_path_factory):
         "av": media.video(folder / "av.mp4", seconds=8, fps=4),
         "mute": media.video(folder / "mute.mp4", seconds=3, fps=4, sound=False),
         "long": media.video(folder / "long.mp4", seconds=125, fps=1, width=32, height=32),
+        "webm": media.video(folder / "a.webm", seconds=2, fps=4, sound=False),
         "still": media.picture(folder / "still.png"),
         "sound": media.sound(folder / "sound.wav", media.tone(1.0)),
     }
@@ -150,20 +151,29 @@ def test_nothing_of_a_clip_survives_it(model, clips, monkeypatch, tmp_path):
             _real(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, "__init__", init)
-    files = [clips["still"], clips["sound"]] * 200
+    broken = media.truncated(clips["mute"], tmp_path / "broken.mp4", 0.9)
+    damaged = media.truncated(clips["webm"], tmp_path / "damaged.webm", 0.6)
+    files = [clips["still"], broken, clips["sound"], damaged] * 100
     gc.disable()  # what needs the collector would pile up between its runs
     try:
         most: Counter[type] = Counter()
-        count = 0
-        for _ in model.analyze(files, ["avcap"]):
+        count = errors = 0
+        for row in model.analyze(files, ["avcap"]):
             count += 1
+            errors += row.error is not None
             for kind, kept in alive.items():
                 most[kind] = max(most[kind], len(kept))
             model.engine.forwards.clear()
         left = {kind: len(kept) for kind, kept in alive.items()}
     finally:
         gc.enable()
-    assert count == 400 and 1 <= most[Clip] <= 6 and most[Session] <= 6 and most[AudioTrack] <= 6
+    assert (
+        count == 400
+        and errors >= 100
+        and 1 <= most[Clip] <= 6
+        and most[Session] <= 6
+        and most[AudioTrack] <= 6
+    )
     assert set(left.values()) == {0}, left
 
 
