@@ -1,27 +1,34 @@
-"""`rows.jsonl`: appended row by row, never rewritten, safe to go on with after a kill."""
+"""`rows.jsonl`: appended row by row, safe to go on with after a kill; an error row may be replaced."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+from crab_edge import rows as layout
 from crab_edge.errors import CrabError, InputError
 
 if TYPE_CHECKING:
-    from crab_edge.batch import Row
+    from crab_edge.batch import Request
+    from crab_edge.rows import Row
 
 NAME = "rows.jsonl"
+LOCK = ".rows.lock"
+_SYNC_EVERY_S = 1.0
 
 
 class RowFile:
     """The rows of one output folder, as a context manager that keeps a second run out.
 
-    A row is known by its file's SHA-256 (its path if it couldn't be read), the bundle, the task, the question
-    and whether it was held to the task's grammar: it is written once, whatever the number of runs.
+    A row is known by its file's SHA-256 (its path if it couldn't be read), the bundle, the task and what else
+    was asked (`layout.ASKED`): it is there once, whatever the number of runs. Error rows count as well,
+    unless `retry_errors`: then they are tried again, and the new row takes the old one's place.
     """
 
     def __init__(
@@ -30,74 +37,114 @@ class RowFile:
         *,
         bundle: str,
         engine: dict[str, Any],
-        question: str | None,
-        grammar: bool = False,
+        request: Request,
+        retry_errors: bool = False,
     ) -> None:
         self.path = folder / NAME
-        self._bundle, self._engine, self._question = bundle, engine, question
-        self._grammar = grammar
-        self._file: BinaryIO | None = None
-        self._known: dict[tuple[str, str], list[str]] = {}
+        self._bundle, self._engine, self._request = bundle, engine, request
+        self._retry_errors = retry_errors
+        self._file = self._lock = -1
+        self._end = 0
+        self._synced_at = 0.0
+        self._known: dict[tuple[str, ...], list[str]] = {}
         """Paths of the rows that are there, by content and task."""
+        self._errors: set[tuple[Any, ...]] = set()
+        self.replaced = False
+        """Whether a row has taken an error row's place in this run."""
 
     def __enter__(self) -> RowFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")
+            self._lock = os.open(self.path.with_name(LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._hold()
+            self._compact()
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._read()
         except OSError as error:
+            self._close()
             raise InputError(
                 f"{self.path}: can't be written ({error.strerror}); choose another --out"
             ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise InputError(
-                f"{self.path}: another run is writing it; wait for it or choose another --out"
-            ) from None
-        self._read()
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        try:
+            if error is None:
+                self._sync()
+            if self.replaced:
+                self._compact()
+        except OSError:
+            pass  # The next run does it; until then `read_rows` leaves the old rows out.
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        for number in (self._file, self._lock):
+            if number >= 0:
+                os.close(number)
+        self._file = self._lock = -1
+
+    def _hold(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{self.path}: another run is writing it; wait for it or choose another --out"
+            ) from None
+
+    def _compact(self) -> None:
+        """Writes the file anew without the error rows whose place later rows have taken, all or nothing."""
+        if not self.path.exists():
+            return
+        _, gone = layout.superseded(self.path)
+        if not gone:
+            return
+        temporary = self.path.with_name(f".{NAME}.new")
+        try:
+            with open(self.path, "rb") as old, open(temporary, "wb") as new:
+                new.writelines(line for number, line in enumerate(old) if number not in gone)
+                new.flush()
+                os.fsync(new.fileno())
+            os.replace(temporary, self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def _read(self) -> None:
         """Learns the rows that are there; a last line without its end was cut by a kill and goes."""
-        assert self._file is not None
-        self._file.seek(0)
-        end = 0
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                break
-            end += len(line)
-            try:
-                row = json.loads(line)
-                self._learn(row)
-            except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-                raise InputError(
-                    f"{self.path}: line {number} is no row of `crab-edge analyze`; choose another --out"
-                ) from None
-        self._file.truncate(end)
-        self._file.seek(0, os.SEEK_END)
+        for row, end in layout.read_lines(self.path):
+            self._end = end
+            if "error" in row:
+                self._errors.add(layout.place(row))
+                if self._retry_errors:
+                    continue
+            if {name: row[name] for name in layout.ASKED} == self._asked(row["task"]):
+                self._remember(row["sha256"], str(layout.media_paths(row)[0]), row["task"])
+        if os.fstat(self._file).st_size > self._end:
+            os.ftruncate(self._file, self._end)
+        os.lseek(self._file, self._end, os.SEEK_SET)
 
-    def _learn(self, row: dict[str, Any]) -> None:
-        same = row["bundle"] == self._bundle and row.get("grammar", False) == self._grammar
-        if same and row.get("question") == self._asked(row["task"]):
-            self._remember(row["sha256"], row["media"][0], row["task"])
-
-    def _remember(self, sha256: str | None, media: str, task: str) -> None:
-        path = os.path.abspath(media)
-        self._known.setdefault((sha256 or path, task), []).append(path)
-
-    def _asked(self, task: str) -> str | None:
+    def _asked(self, task: str) -> dict[str, Any]:
+        """What a row says of its bundle and of what was asked."""
         from crab_edge import tasks
 
-        needs = task in tasks.names() and tasks.get(task).needs_question
-        return self._question if needs else None
+        request = self._request
+        return {
+            "bundle": self._bundle,
+            "task": task,
+            "question": request.asked(task) if task in tasks.names() else None,
+            "grammar": request.grammar,
+            "stride_s": request.stride,
+            "max_new_tokens": request.max_new_tokens,
+        }
+
+    def _remember(self, sha256: str | None, path: str, task: str) -> None:
+        self._known.setdefault((sha256 or path, task), []).append(path)
 
     def claim(self, sha256: str | None, media: str, task: str) -> bool:
         """Whether the row is already there; if not, it counts as there from now on.
@@ -112,30 +159,52 @@ class RowFile:
         if moved is not None:
             known[moved] = path
             return True
-        self._remember(sha256, media, task)
+        self._remember(sha256, path, task)
         return False
 
-    def add(self, row: Row) -> None:
-        """Appends one row; it is with the operating system when this returns."""
-        assert self._file is not None
-        content = row.to_json(bundle=self._bundle, engine=self._engine, question=self._asked(row.task))
-        if self._grammar:
-            content["grammar"] = True
-        line = json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        place = self._file.tell()
-        try:
-            self._file.write(line)
-            self._file.flush()
-        except OSError as error:
-            self._forget(place)
-            raise CrabError(
-                f"{self.path}: can't be written ({error.strerror}); make room and run the same command again"
-            ) from error
+    def add(self, row: Row) -> dict[str, Any]:
+        """Appends one row and returns it as it was written.
 
-    def _forget(self, place: int) -> None:
-        """Takes a half-written line back as far as the disk allows; the next run would drop it as well."""
-        assert self._file is not None
+        No kill can take it then; it is on the disk within a second, should the power fail. CrabError if it
+        can't be written: the file is as it was before.
+        """
+        asked = self._asked(row.task)
+        del asked["task"]
+        content = row.to_json(engine=self._engine, **asked)
+        line = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         try:
-            os.ftruncate(self._file.fileno(), place)
+            rest = memoryview(line)
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        except OSError as error:
+            self._take_back()
+            raise self._unwritable(error) from error
+        self._end += len(line)
+        self.replaced |= layout.place(content) in self._errors
+        if time.monotonic() - self._synced_at >= _SYNC_EVERY_S:
+            self._sync()
+        return content
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._file)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._synced_at = time.monotonic()
+
+    def _unwritable(self, error: OSError) -> CrabError:
+        return CrabError(
+            f"{self.path}: can't be written ({error.strerror}); make room and run the same command again"
+        )
+
+    def _take_back(self) -> None:
+        """Half a line goes as far as the disk allows; the next run would drop it as well."""
+        try:
+            os.ftruncate(self._file, self._end)
+            os.lseek(self._file, self._end, os.SEEK_SET)
         except OSError:
             pass
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows that are there, each counted once."""
+        return layout.read_rows(self.path)

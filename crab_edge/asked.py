@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from crab_edge.errors import CrabError
 from crab_edge.resolved import Spent
-from crab_edge.results import Answer, Event, Result, Timings
+from crab_edge.results import Answer, Event, MaskFile, Result, Timings
 from crab_edge.router import RouterTrace
 from crab_edge.tasks import MediaContext, MediaRecipe, Parsed, Task
+from crab_edge.tasks.base import Span
 
 if TYPE_CHECKING:
     from crab_edge.clip import Clip
+
+
+_SAME_INSTANT_S = 1e-6
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Asked:
     spent: Spent = field(default_factory=Spent)
     complete: bool = False
     _raws: list[str] = field(default_factory=list)
-    _results: list[Result] = field(default_factory=list)
+    _results: list[tuple[float, list[Result]]] = field(default_factory=list)
     _traces: list[RouterTrace] = field(default_factory=list)
     _cut_off: bool = False
 
@@ -49,7 +53,8 @@ class Asked:
     def add(self, raw: str, context: MediaContext, *, ended: bool) -> None:
         """Takes one window's text; `ended` is false when the model was stopped before its end token."""
         self._raws.append(raw)
-        self._results.extend(self._finished(self.task.parse(raw, context)))
+        found = self._finished(self.task.parse(raw, context))
+        self._results.append((context.start_s, [dated(result, context.window) for result in found]))
         self._cut_off |= not ended
 
     def add_trace(self, trace: RouterTrace) -> None:
@@ -79,7 +84,7 @@ class Asked:
         return Answer(
             task=self.task.name,
             raw="\n".join(self._raws),
-            parsed=tuple(stitched(self._results) if len(self._raws) > 1 else self._results),
+            parsed=tuple(stitched(self._results)),
             timings=Timings(**steps, total_s=total),
             question=self.question,
             notices=tuple(notices),
@@ -87,21 +92,51 @@ class Asked:
         )
 
 
-def stitched(results: Iterable[Result]) -> list[Result]:
-    """Joins events that end where the next window's event of the same label and modality begins."""
-    out: list[Result] = []
-    open_ends: dict[tuple[str, str, float], int] = {}
-    for result in results:
-        if not isinstance(result, Event):
-            out.append(result)
-            continue
-        place = open_ends.pop((result.label, result.modality, result.start_s), None)
-        if place is None:
+def dated(result: Result, window: Span | None) -> Result:
+    """The result with the window that it speaks of; events have their own times."""
+    if window is None or isinstance(result, (Event, MaskFile)):
+        return result
+    return replace(result, window=(window.start_s, window.end_s))
+
+
+def stitched(windows: Sequence[tuple[float, Sequence[Result]]]) -> list[Result]:
+    """The results of all windows, each with its window's start in s, on the clip's time line.
+
+    Two events of one label and modality become one when the later one begins where the earlier one ends, or
+    when they come from different windows and share a time: then it lasts from the first start to the last
+    end. What one window reports as overlapping stays as the model said it. Results of other types stay side
+    by side. The order is that of the text.
+    """
+    if len(windows) == 1:
+        return list(windows[0][1])
+    out: list[Result | None] = []
+    places: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    """Events that may still grow: place in `out` and the last window that spoke of them."""
+    for number, (begins_s, results) in enumerate(windows):
+        for result in results:
             place = len(out)
             out.append(result)
-        else:
-            first = out[place]
-            assert isinstance(first, Event)
-            out[place] = replace(first, end_s=result.end_s)
-        open_ends[(result.label, result.modality, result.end_s)] = place
-    return out
+            if not isinstance(result, Event):
+                continue
+            growing = []
+            for other, last in places.get((result.label, result.modality), []):
+                earlier, later = out[other], out[place]
+                assert isinstance(earlier, Event) and isinstance(later, Event)
+                if _one_event(earlier, result, last == number):
+                    out[other] = out[place] = None
+                    place = min(place, other)
+                    out[place] = replace(
+                        earlier,
+                        start_s=min(earlier.start_s, later.start_s),
+                        end_s=max(earlier.end_s, later.end_s),
+                    )
+                elif earlier.end_s >= begins_s - _SAME_INSTANT_S:
+                    growing.append((other, last))
+            places[result.label, result.modality] = [*growing, (place, number)]
+    return [result for result in out if result is not None]
+
+
+def _one_event(earlier: Event, later: Event, same_window: bool) -> bool:
+    if abs(later.start_s - earlier.end_s) <= _SAME_INSTANT_S:
+        return True
+    return not same_window and later.start_s < earlier.end_s and earlier.start_s < later.end_s

@@ -1,103 +1,111 @@
-"""Many clips through one model: decoding runs ahead in a thread, errors become rows, the run goes on."""
+"""Many clips through one model: decoding runs ahead in a thread, errors become rows, the run goes on.
+
+`Request` says what is asked of every clip, a `Producer` answers a work list: `LocalProducer` with a model in
+this process, others elsewhere.
+"""
 
 from __future__ import annotations
 
-import functools
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from crab_edge import tasks as task_registry
 from crab_edge.bundle import file_sha256
 from crab_edge.clip import Clip
 from crab_edge.errors import CrabError, InputError, MediaError
+from crab_edge.inputs import find_media
+from crab_edge.media_io import check_file, shown
+from crab_edge.resolved import WINDOW_S, check_stride
 from crab_edge.results import Answer
+from crab_edge.rows import ROW_VERSION, Row, RowError
 from crab_edge.session import MAX_NEW_TOKENS, Session
 
 if TYPE_CHECKING:
     from crab_edge.session import Model
 
-ROW_VERSION = 1
-SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .3gp .ogv .gif "
-    ".wav .mp3 .m4a .aac .flac .ogg .oga .opus .wma .aiff .aif .amr "
-    ".jpg .jpeg .png .webp .bmp .tif .tiff .heic .avif".split()
-)
-# First bytes of media files, for those without a known suffix: (offset, bytes).
-SIGNATURES = (
-    (4, b"ftyp"),
-    (0, b"\x1a\x45\xdf\xa3"),
-    (0, b"RIFF"),
-    (0, b"OggS"),
-    (0, b"fLaC"),
-    (0, b"ID3"),
-    (0, b"FLV\x01"),
-    (0, b"\xff\xd8\xff"),
-    (0, b"\x89PNG\r\n"),
-    (0, b"GIF8"),
-)
+__all__ = ["ROW_VERSION", "LocalProducer", "Producer", "Request", "Row", "RowError", "analyze", "find_media"]
+
+#: skip(sha256 or None, path, task): whether the row is left out.
+Skip = Callable[[str | None, str, str], bool]
+AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Row:
-    """What came of one file and one task: an answer or an error."""
+class Request:
+    """What is asked of every clip. Can be pickled.
 
-    media: tuple[str, ...]
-    task: str
-    sha256: str | None
-    """Of the file's bytes; None if it couldn't be read."""
-    duration_s: float | None = None
-    answer: Answer | None = None
-    error: Exception | None = None
-
-    def to_json(self, *, bundle: str, engine: dict[str, Any], question: str | None = None) -> dict[str, Any]:
-        """The row as it stands in `rows.jsonl`."""
-        row: dict[str, Any] = {
-            "version": ROW_VERSION,
-            "media": list(self.media),
-            "sha256": self.sha256,
-            "duration_s": self.duration_s,
-            "bundle": bundle,
-            "engine": engine,
-        }
-        if self.answer is not None:
-            return row | self.answer.to_json()
-        message = " ".join(str(self.error).split())
-        error = {"type": type(self.error).__name__, "message": message}
-        return row | {"task": self.task, "question": question, "error": error}
-
-
-def find_media(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """Files as they are given; of folders, every media file below, in order of name.
-
-    In folders a file counts by its suffix or, without a known one, by its first bytes; hidden ones don't.
+    `question` goes to the tasks that need one; `grammar` holds answers to their form; `stride_s`: windows of
+    a long clip start so many seconds apart (default: the window's length).
     """
-    for given in paths:
-        path = Path(given).expanduser()
-        if not path.is_dir():
-            yield path
-            continue
-        unreadable: list[OSError] = []
-        for folder, folders, files in os.walk(path, onerror=unreadable.append):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
-                file = Path(folder, name)
-                if not name.startswith(".") and (file.suffix.lower() in SUFFIXES or _looks_like_media(file)):
-                    yield file
-        yield from (Path(error.filename) for error in unreadable)
+
+    tasks: tuple[str, ...]
+    question: str | None = None
+    max_new_tokens: int = MAX_NEW_TOKENS
+    grammar: bool = False
+    stride_s: float | None = None
+
+    def check(self) -> Request:
+        """Itself; TaskError for an unknown task or a missing question, InputError without a task."""
+        if not self.tasks:
+            raise InputError(f"name at least one task; there are: {', '.join(task_registry.names())}")
+        for name in self.tasks:
+            task_registry.get(name).prompt(self.asked(name))
+        check_stride(self.stride_s)
+        return self
+
+    @property
+    def stride(self) -> float:
+        """The stride in seconds, spelled out."""
+        return WINDOW_S if self.stride_s is None else float(self.stride_s)
+
+    def asked(self, task: str) -> str | None:
+        """The question as this task gets it."""
+        return self.question if task_registry.get(task).needs_question else None
+
+    def answer(self, session: Session, names: Sequence[str]) -> list[Answer]:
+        """The answers of these of its tasks, which share the clip's decode and their recipes' prefixes."""
+        return session.ask_all(names, self.question, max_new_tokens=self.max_new_tokens, grammar=self.grammar)
 
 
-def _looks_like_media(path: Path) -> bool:
+class Producer(Protocol):
+    """Answers a work list. `bundle` is the bundle's identity, `engine` what the engine says of itself."""
+
+    bundle: str
+    engine: dict[str, Any]
+
+    def produce(
+        self, files: Iterable[Path], request: Request, skip: Skip, stop: threading.Event
+    ) -> Generator[tuple[Row, Clip | None], None, None]:
+        """One row for each file and task, as soon as it is there, a file's rows one after the other.
+
+        `files` may be endless and may block until there is another file. `skip` is asked once for each row,
+        in this process, before anything is decoded. After `stop` the clips at hand are finished, no further
+        ones begun. What is wrong with one file becomes its rows' errors; an exception ends the run. With a
+        row comes the opened clip if it is at hand; it is closed when the next clip's row is asked for.
+        """
+        ...
+
+    def close(self) -> None:
+        """Lets go of the engine, or of the other machines."""
+        ...
+
+
+def identify(path: Path) -> str:
+    """SHA-256 (hex) of a media file. MediaError if it can't be read or is no regular file."""
+    if os.path.isdir(path):  # listing files gives those folders that it couldn't look into
+        raise MediaError(f"{shown(path)}: this folder can't be listed; check its permissions")
     try:
-        with path.open("rb") as file:
-            head = file.read(16)
-    except OSError:
-        return False
-    return any(head[offset : offset + len(magic)] == magic for offset, magic in SIGNATURES)
+        check_file(path)
+        return file_sha256(path)
+    except OSError as error:
+        raise MediaError(f"{shown(path)}: can't be read ({error.strerror}); check its permissions") from error
+    except ValueError:
+        raise MediaError(f"{shown(path)!r}: no path of a file; check it") from None
 
 
 def analyze(
@@ -108,31 +116,37 @@ def analyze(
     question: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     grammar: bool = False,
-    skip: Callable[[str | None, str, str], bool] | None = None,
-    ahead: int = 2,
+    stride_s: float | None = None,
+    skip: Skip | None = None,
+    ahead: int = AHEAD,
     stop: threading.Event | None = None,
 ) -> Iterator[Row]:
     """One row for each media file under `paths` and each task, as soon as it is there.
 
-    `question` goes to the tasks that need one; `grammar` holds answers to their form.
+    `paths` as in `find_media`: files, folders, patterns, "@list". For the options see `Request`;
     `skip(sha256, media, task)` leaves a row out. Up to `ahead` clips are decoded before their turn. `stop`
     ends the run after the clip at hand. An unknown task raises TaskError before anything is read; whatever is
     wrong with one file becomes its rows' `error`.
     """
-    for name in tasks:
-        task = task_registry.get(name)
-        task.prompt(question if task.needs_question else None)
-    if not tasks:
-        raise InputError("name at least one task")
+    request = Request(tuple(tasks), question, max_new_tokens, grammar, stride_s).check()
+    producer = LocalProducer(model, ahead)
     if grammar:
         model.grammars()
-    ask = functools.partial(
-        Session.ask_all, question=question, max_new_tokens=max_new_tokens, grammar=grammar
-    )
-    return _rows(model, find_media(paths), list(tasks), ask, skip, ahead, stop or threading.Event())
+    files = find_media([paths] if isinstance(paths, (str, Path)) else paths)
+    rows = producer.produce(files, request, skip or _skip_nothing, stop or threading.Event())
+    return _only_rows(rows)
 
 
-Ask = Callable[[Session, Sequence[str]], list[Answer]]
+def _skip_nothing(sha256: str | None, path: str, task: str) -> bool:
+    return False
+
+
+def _only_rows(pairs: Generator[tuple[Row, Clip | None], None, None]) -> Iterator[Row]:
+    try:
+        for row, _ in pairs:
+            yield row
+    finally:
+        pairs.close()
 
 
 @dataclass
@@ -141,104 +155,121 @@ class _Job:
     names: list[str]
     sha256: str | None = None
     session: Session | None = None
-    error: Exception | None = None
+    error: RowError | None = None
+    """Not the exception: its traceback would keep the clip."""
 
 
-def _rows(
-    model: Model,
-    files: Iterator[Path],
-    names: list[str],
-    ask: Ask,
-    skip: Callable[[str | None, str, str], bool] | None,
-    ahead: int,
-    stop: threading.Event,
-) -> Iterator[Row]:
-    jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=max(1, ahead))
-    abandoned = threading.Event()
+class LocalProducer:
+    """A producer that runs a model in this process; up to `ahead` clips are decoded before their turn."""
 
-    def put(job: _Job | None) -> None:
-        while not abandoned.is_set() and threading.main_thread().is_alive():
+    def __init__(self, model: Model, ahead: int = AHEAD) -> None:
+        self.model = model
+        self.bundle = model.bundle.identity
+        self.engine = model.engine.describe()
+        self._ahead = max(1, ahead)
+
+    def close(self) -> None:
+        """Nothing: the model is the caller's."""
+
+    def produce(
+        self, files: Iterable[Path], request: Request, skip: Skip, stop: threading.Event
+    ) -> Generator[tuple[Row, Clip | None], None, None]:
+        """See `Producer`."""
+        jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=self._ahead)
+        abandoned = threading.Event()
+        failure: list[Exception] = []
+
+        def put(job: _Job | None) -> None:
+            while not abandoned.is_set() and threading.main_thread().is_alive():
+                try:
+                    return jobs.put(job, timeout=0.2)
+                except queue.Full:
+                    continue
+
+        def decode_ahead() -> None:
             try:
-                return jobs.put(job, timeout=0.2)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for path in files:
-                if abandoned.is_set() or stop.is_set() or not threading.main_thread().is_alive():
-                    break
-                job = _decode(model, path, names, skip)
-                if job.names:
-                    put(job)
-        except Exception as error:
-            put(_Job(Path("."), names, error=error))
-        put(None)
-
-    # No daemon: a decoder must not be alive when the interpreter ends.
-    producer = threading.Thread(target=produce, name="decode-ahead")
-    producer.start()
-    try:
-        while not stop.is_set() and (job := jobs.get()) is not None:
-            yield from _run(job, ask)
-    finally:
-        abandoned.set()
-        producer.join()
-
-
-def _decode(
-    model: Model, path: Path, names: list[str], skip: Callable[[str | None, str, str], bool] | None
-) -> _Job:
-    """Opens and decodes one file; any error is kept for its rows."""
-    job = _Job(path, names)
-    try:
-        job.sha256 = _hash(path)
-    except CrabError as error:
-        job.error = error
-    if skip is not None:
-        job.names = [name for name in names if not skip(job.sha256, str(path), name)]
-    if job.error is None and job.names:
-        try:
-            session = Session(model, Clip.open([path], max_minutes=None))
-            fitting = {task.name for task in session.applicable()}
-            session.prepare([name for name in job.names if name in fitting])
-            job.session = session
-        except Exception as error:
-            job.error = error
-    return job
-
-
-def _hash(path: Path) -> str:
-    try:
-        return file_sha256(path)
-    except FileNotFoundError:
-        raise MediaError(f"{path}: no such file; check the path") from None
-    except OSError as error:
-        raise MediaError(f"{path}: can't be read ({error.strerror}); check its permissions") from error
-
-
-def _run(job: _Job, ask: Ask) -> Iterator[Row]:
-    """The rows of one file: answered together, so that tasks share their prefixes."""
-    media = (str(job.path),)
-    if job.session is None:
-        for name in job.names:
-            yield Row(media, name, job.sha256, error=job.error)
-        return
-    session, duration = job.session, job.session.clip.duration_s
-    answers: dict[str, Answer] = {}
-    errors: dict[str, Exception] = {}
-    fitting = {task.name for task in session.applicable()}
-    try:
-        together = [name for name in job.names if name in fitting]
-        answers = dict(zip(together, ask(session, together), strict=True))
-    except Exception:
-        # One of them failed: alone, each gets its own answer or its own error.
-        answers = {}
-    for name in job.names:
-        if name not in answers:
-            try:
-                (answers[name],) = ask(session, [name])
+                for path in files:
+                    if abandoned.is_set() or stop.is_set() or not threading.main_thread().is_alive():
+                        break
+                    job = self._decode(path, request, skip)
+                    if job.names:
+                        put(job)
+                    del job  # or it would outlive its turn while the next file is waited for
             except Exception as error:
-                errors[name] = error
-        yield Row(media, name, job.sha256, duration, answers.get(name), errors.get(name))
-    session.clip.close()
+                failure.append(error)
+            put(None)
+
+        # No daemon: a decoder must not be alive when the interpreter ends.
+        decoder = threading.Thread(target=decode_ahead, name="decode-ahead")
+        decoder.start()
+        try:
+            while not stop.is_set() and (job := jobs.get()) is not None:
+                yield from self._answer(job, request)
+                job = None  # or it would live on while the next one is decoded
+            if failure and not stop.is_set():
+                raise failure[0]
+        finally:
+            abandoned.set()
+            decoder.join()
+            while not jobs.empty():
+                job = jobs.get()
+                if job is not None and job.session is not None:
+                    job.session.clip.close()
+
+    def _decode(self, path: Path, request: Request, skip: Skip) -> _Job:
+        """Opens and decodes one file; any error is kept for its rows."""
+        job = _Job(path, list(request.tasks))
+        before = _state(path)
+        try:
+            job.sha256 = identify(path)
+        except CrabError as error:
+            job.error = RowError.of(error)
+        job.names = [name for name in job.names if not skip(job.sha256, str(path), name)]
+        if job.error is None and job.names:
+            try:
+                clip = Clip.open([path], max_minutes=None, sha256=[job.sha256 or ""])
+                session = Session(self.model, clip, stride_s=request.stride_s)
+                fitting = {task.name for task in session.applicable()}
+                session.prepare([name for name in job.names if name in fitting])
+                if _state(path) not in (before, None):
+                    raise MediaError(
+                        f"{shown(path)}: it changed while it was read; run again when it is whole"
+                    )
+                job.session = session
+            except Exception as error:
+                job.error = RowError.of(error)
+        return job
+
+    def _answer(self, job: _Job, request: Request) -> Generator[tuple[Row, Clip | None], None, None]:
+        """The rows of one file: answered together, so that tasks share their prefixes."""
+        media = (str(job.path),)
+        if job.session is None:
+            for name in job.names:
+                yield Row(media, name, job.sha256, error=job.error), None
+            return
+        session = job.session
+        with session.clip as clip:
+            fitting = {task.name for task in session.applicable()}
+            together = [name for name in job.names if name in fitting]
+            answers: dict[str, Answer] = {}
+            try:
+                answers = dict(zip(together, request.answer(session, together), strict=True))
+            except Exception:
+                answers = {}  # One of them failed: alone, each gets its own answer or its own error.
+            for name in job.names:
+                failed: RowError | None = None
+                if name not in answers:
+                    try:
+                        (answers[name],) = request.answer(session, [name])
+                    except Exception as error:
+                        failed = RowError.of(error)
+                yield Row(media, name, job.sha256, clip.duration_s, answers.get(name), failed), clip
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written to; None if it isn't there."""
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return info.st_size, info.st_mtime_ns

@@ -14,7 +14,6 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 from crab_edge.errors import InputError, MediaError
@@ -50,6 +49,7 @@ class Clip:
         self.videos, self.images, self.audios = videos, images, audios
         self._kinds = kinds
         self._notices = notices
+        self._digests: list[bytes] | None = None
 
     @classmethod
     def open(
@@ -58,13 +58,15 @@ class Clip:
         *,
         kinds: Mapping[Path, str] | None = None,
         max_minutes: float | None = 10.0,
+        sha256: Sequence[str] | None = None,
     ) -> Clip:
         """Open media files.
 
         media: paths; a video with sound gives one video and one audio. kinds: "video", "image" or "audio" for
         paths of which only that is to be used; a pair (path, kind) among the media says it for that entry.
-        max_minutes: the longest track allowed, None for any. Raises MediaError for a file that is missing,
-        isn't media, is damaged or empty; InputError beyond max_minutes.
+        max_minutes: the longest track allowed, None for any. sha256: of each file's bytes (hex), where it is
+        known already. Raises MediaError for a file that is missing, isn't media, is damaged or empty;
+        InputError beyond max_minutes.
         """
         if isinstance(media, (str, Path)):
             media = [media]
@@ -80,6 +82,7 @@ class Clip:
                 raise InputError(f"{shown(path)}: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
         paths, each = tuple(path for path, _ in entries), tuple(kind for _, kind in entries)
         clip = cls(paths, each, [], [], [], [])
+        clip._digests = None if sha256 is None else [bytes.fromhex(digest) for digest in sha256]
         limit_s = None if max_minutes is None else 60 * max_minutes
         try:
             for path, kind in entries:
@@ -130,25 +133,21 @@ class Clip:
     def sha256(self) -> str:
         """Identity of the content: every file's bytes, order and forced kind. Computed on first use."""
         whole = hashlib.sha256()
-        for path, kind in zip(self.paths, self._kinds, strict=True):
-            digest = hashlib.sha256()
-            try:
-                with path.open("rb") as file:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
-            except OSError as error:
-                raise MediaError(
-                    f"{shown(path)}: can't be read any more ({error.strerror}); open it again"
-                ) from error
-            whole.update(f"{kind or 'any'}:".encode() + digest.digest())
+        digests = self._digests or [_digest(path) for path in self.paths]
+        for digest, kind in zip(digests, self._kinds, strict=True):
+            whole.update(f"{kind or 'any'}:".encode() + digest)
         return whole.hexdigest()
 
-    def windows(self, length_s: float = 10.0) -> list[Window]:
-        """The clip cut into windows of `length_s`; a tail under 1 s belongs to the last one. At least one."""
-        duration = self.duration_s
-        count = max(1, math.ceil((duration - _SHORTEST_TAIL_S) / length_s - 1e-9))
-        edges = [i * length_s for i in range(count)] + [duration]
-        return [Window(start, end) for start, end in pairwise(edges)]
+    def windows(self, length_s: float = 10.0, stride_s: float | None = None) -> list[Window]:
+        """The clip cut into windows of `length_s` that start `stride_s` (default: `length_s`) apart.
+
+        A tail under 1 s belongs to the last one. At least one; with a smaller stride they overlap.
+        """
+        duration, stride = self.duration_s, length_s if stride_s is None else stride_s
+        further = max(0, math.ceil((duration - _SHORTEST_TAIL_S - length_s) / stride - 1e-9))
+        starts = [i * stride for i in range(further + 1)]
+        ends = [start + length_s for start in starts[:-1]] + [duration]
+        return [Window(start, end) for start, end in zip(starts, ends, strict=True)]
 
     def close(self) -> None:
         """Release the decoders. Tracks open them again when they are asked for more."""
@@ -162,3 +161,16 @@ class Clip:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise MediaError(
+            f"{shown(path)}: can't be read any more ({error.strerror}); open it again"
+        ) from error
+    return digest.digest()

@@ -21,6 +21,8 @@ _GAP_S = 0.05
 # What the resampler may need to hear around a window, and the decoder before it.
 _MARGIN_S = 0.25
 _PREROLL_S = 1.0
+# Decoded samples that stay, in the file's own rate: the longest window and its margins.
+_KEPT_S = 12.0
 _WORTH_SEEKING_S = 30.0
 # A window with less than this of the track counts as one without sound.
 _AUDIBLE_S = 0.1
@@ -39,6 +41,7 @@ class AudioTrack:
         self._scan = scan
         self._reader = _SoundReader(scan, stream, self.notices)
         self._whole: NDArray[np.float32] | None = None
+        self._last: tuple[tuple[int, int], NDArray[np.float32]] | None = None
         estimate = stream.end * float(stream.time_base) - scan.origin_s
         if not self._reader.start():
             self.duration_s = 0.0
@@ -85,10 +88,17 @@ class AudioTrack:
 
     def close(self) -> None:
         """Release the decoder; it opens again when needed."""
+        self._last = None
         self._reader.close()
 
     def _decode(self, start: int, stop: int) -> NDArray[np.float32]:
-        """A stretch of the resampled track; start and stop count samples at 16 kHz."""
+        """A stretch of the resampled track; start and stop count samples at 16 kHz.
+
+        The last one is kept, since several tasks ask for it.
+        """
+        if self._last is not None and self._last[0] == (start, stop):
+            return self._last[1]
+        self._last = None
         rate = self._reader.rate
         # Both rates share instants every `step` (file) and `unit` (16 kHz) samples; cuts are made there.
         common = math.gcd(rate, SAMPLE_RATE)
@@ -97,7 +107,10 @@ class AudioTrack:
         first = max(0, start // unit - margin)
         last = -(-stop // unit) + margin
         wave = _resample(self._reader.read(first * step, last * step), rate)
-        return wave[start - first * unit : stop - first * unit].copy()
+        stretch = wave[start - first * unit : stop - first * unit].copy()
+        stretch.flags.writeable = False
+        self._last = (start, stop), stretch
+        return stretch
 
 
 def _resample(wave: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
@@ -155,7 +168,7 @@ class _SoundReader:
             low, high = max(place, start), min(place + block.size, end)
             if low < high:
                 out[low - start : high - start] = block[low - place : high - place]
-        keep = end - round(4 * _MARGIN_S * self.rate)  # the next window's margin reaches back
+        keep = end - round(_KEPT_S * self.rate)  # the next window may overlap this one
         while self._kept and self._kept[0][0] + self._kept[0][1].size < keep:
             place, block = self._kept.pop(0)
             self._kept_from = place + block.size

@@ -189,6 +189,12 @@ def scan(path: Path, want: frozenset[str], limit_s: float | None) -> Scan:
                 if packet.size:
                     lists[packet.stream_index].add(packet)
         formats = frozenset(container.format.name.split(","))
+        for stream in (video, audio):
+            if stream is not None and lists[stream.index].encrypted:
+                raise MediaError(
+                    f"{shown(path)}: its {stream.type} stream is encrypted (DRM), which can't be decoded; "
+                    "give a copy without protection"
+                )
         origin = container.start_time / 1e6 if container.start_time is not None else 0.0
         if formats & _HONEST_FORMATS:
             _check_complete(path, list(lists.values()), origin, declared)
@@ -228,8 +234,10 @@ class _PacketList:
         self.keyframes = array("q")
         self.packets = self.timeless = self.corrupt = 0
         self.end: int | None = None
+        self.encrypted = False
 
     def add(self, packet: Any) -> None:
+        self.encrypted = self.encrypted or packet.has_sidedata("encryption_info")
         if packet.is_corrupt:
             self.corrupt += 1
         if packet.is_discard:  # outside the edit list: decoded, never shown

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from crab_edge.errors import TaskError
+from crab_edge.errors import InputError, TaskError
 from crab_edge.features import FeatureConfig, audio_chunks, log_mel, patches
 from crab_edge.prompt import MediaItem
 from crab_edge.tasks import MediaContext, MediaRecipe, Task
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from crab_edge.engines import Engine
 
 WINDOW_S = 10.0
+SHORTEST_STRIDE_S = 1.0
 ABOUT_A_SECOND = 24_000  # samples
 
 
@@ -34,11 +35,19 @@ def streams(clip: Clip) -> tuple[str, ...]:
     return tuple(name for name, count in counts.items() for _ in range(count))
 
 
-def windows(clip: Clip, recipe: MediaRecipe) -> list[Window | None]:
+def check_stride(stride_s: float | None) -> None:
+    """InputError unless windows that start so far apart leave nothing out and aren't too many."""
+    if stride_s is not None and not SHORTEST_STRIDE_S <= stride_s <= WINDOW_S:
+        raise InputError(
+            f"a stride of {stride_s:g} s: expected {SHORTEST_STRIDE_S:g} to {WINDOW_S:g} s, a window's length"
+        )
+
+
+def windows(clip: Clip, recipe: MediaRecipe, stride_s: float | None = None) -> list[Window | None]:
     """The windows that a recipe cuts the clip into; [None] is the clip as a whole."""
     if not recipe.windowed:
         return [None]
-    cut = clip.windows(WINDOW_S)
+    cut = clip.windows(WINDOW_S, stride_s)
     return list(cut) if len(cut) > 1 else [None]
 
 

@@ -1,4 +1,8 @@
-"""Typed results of the tasks. Times are seconds of the clip; coordinates are pixels of the original frame."""
+"""Typed results of the tasks. Times are seconds of the clip; coordinates are pixels of the original frame.
+
+Events have times of their own. Any other result of a clip that was cut into windows has the `window`
+(start_s, end_s) that it speaks of; it is None where the clip was taken as a whole.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from crab_edge.router import RouterTrace
 
+Span = tuple[float, float]
 Modality = Literal["audio", "visual", "audio-visual"]
 
 
@@ -32,6 +37,7 @@ class Box:
     y1: float
     x2: float
     y2: float
+    window: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Points:
 
     label: str
     xy: tuple[tuple[float, float], ...]
+    window: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Mask:
     width: int
     counts: tuple[int, ...]
     source: str
+    window: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Choice:
     """A short answer: a word, a number, an option."""
 
     value: str
+    window: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class Caption:
     """Free text."""
 
     text: str
+    window: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class Unparsed:
     """The raw answer didn't have the task's form; `reason` says where it left it."""
 
     reason: str
+    window: Span | None = None
 
 
 Result = Event | Box | Points | Mask | MaskFile | Choice | Caption | Unparsed
@@ -132,10 +143,13 @@ class Answer:
 
 
 def results_to_json(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Results as dictionaries with a `type` field, for JSON."""
+    """Results as dictionaries with a `type` field, for JSON; `window` only where there is one."""
     out = []
     for result in results:
         if not is_dataclass(result):
             raise TypeError(f"expected a typed result, got {type(result).__name__}")
-        out.append({"type": type(result).__name__.lower(), **asdict(result)})
+        fields = asdict(result)
+        if fields.get("window", ()) is None:
+            del fields["window"]
+        out.append({"type": type(result).__name__.lower(), **fields})
     return out

@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from crab_edge.clip import Clip, Window
 from crab_edge.errors import CrabError, InputError, TaskError
 from crab_edge.generate import Generator
 from crab_edge.guide import guide
-from crab_edge.resolved import Spent, context, heard, misfit, resolve, streams, unused, windows
+from crab_edge.resolved import Spent, check_stride, context, heard, misfit, resolve, streams, unused, windows
 from crab_edge.results import Answer
 from crab_edge.tasks import MediaRecipe, Task
 
@@ -65,12 +66,13 @@ class Model:
         *media: str | Path | Sequence[str | Path | tuple[str | Path, str]] | Clip,
         kinds: Mapping[Path, str] | None = None,
         max_minutes: float | None = 10.0,
+        stride_s: float | None = None,
     ) -> Session:
         """Opens one clip: a media file, or several that belong together (an image and its sound).
 
         `kinds` forces a file's kind ("video", "image", "audio"), as pairs (path, kind) in a list do.
-        Longer clips than `max_minutes` are refused.
-        Raises MediaError or InputError.
+        Longer clips than `max_minutes` are refused. `stride_s`: windows of a long clip start so many seconds
+        apart (default: their length, 10 s). Raises MediaError or InputError.
         """
         if len(media) == 1 and isinstance(media[0], Clip):
             clip = media[0]
@@ -83,7 +85,7 @@ class Model:
             clip = Clip.open(paths, kinds=kinds, max_minutes=max_minutes)
         if isinstance(self.engine, engines.Warmable):
             self.engine.warm(vision=bool(clip.videos or clip.images), audio=bool(clip.audios))
-        return Session(self, clip)
+        return Session(self, clip, stride_s=stride_s)
 
     def analyze(self, paths: Iterable[str | Path], tasks: Sequence[str], **options: Any) -> Iterator[Row]:
         """Many clips, lazily: a row for each clip and task, errors as rows. See `crab_edge.batch.analyze`."""
@@ -151,9 +153,11 @@ class Stream:
 class Session:
     """One clip, ready for questions. `clip` is what was decoded, `notices` what is odd about it."""
 
-    def __init__(self, model: Model, clip: Clip) -> None:
+    def __init__(self, model: Model, clip: Clip, *, stride_s: float | None = None) -> None:
+        check_stride(stride_s)
         self.model = model
         self.clip = clip
+        self.stride_s = stride_s
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -238,8 +242,11 @@ class Session:
         groups: dict[MediaRecipe, list[Asked]] = {}
         for entry in asked:
             groups.setdefault(entry.recipe, []).append(entry)
+        # Recipes that differ only in how they cut long media show the same of a short clip: one prefix.
+        kin = [replace(recipe, name="", audio="", windowed=False) for recipe in groups]
+        order = sorted(zip(map(kin.index, kin), groups.values(), strict=True), key=lambda pair: pair[0])
         if asked:
-            for _ in self._pieces(list(groups.values())):
+            for _ in self._pieces([group for _, group in order]):
                 pass
         return [entry.answer() for entry in asked]
 
@@ -304,13 +311,17 @@ class Session:
         return f"tasks that apply: {', '.join(names)}" if names else "no task applies to this clip"
 
     def prepare(self, names: Sequence[str]) -> None:
-        """Decodes what these tasks will need, without touching the engine: for reading ahead in a thread."""
+        """Decodes what these tasks will need, without touching the engine: for reading ahead in a thread.
+
+        Long sound that a task hears as a whole is left for its turn: that of several clips would fill the
+        memory.
+        """
         recipes = [tasks.get(name).recipe_for(streams(self.clip)) for name in names]
-        plan = [(recipe, windows(self.clip, recipe)) for recipe in dict.fromkeys(recipes)]
+        plan = [(recipe, windows(self.clip, recipe, self.stride_s)) for recipe in dict.fromkeys(recipes)]
         self._prefetch([(recipe, cut[:WINDOWS_AHEAD]) for recipe, cut in plan], Spent())
         for recipe, cut in plan:
             for audio in self.clip.audios[: recipe.audios]:
-                if audio.audible(cut[0]):
+                if cut[0] is not None and audio.audible(cut[0]):
                     audio.waveform(cut[0])
 
     def _pieces(self, groups: list[list[Asked]]) -> Iterator[str]:
@@ -320,7 +331,7 @@ class Session:
         try:
             if any(asked.router for group in groups for asked in group):
                 tracer = self.model.traceable().tracer()
-            plan = [(group, windows(self.clip, group[0].recipe)) for group in groups]
+            plan = [(group, windows(self.clip, group[0].recipe, self.stride_s)) for group in groups]
             ahead = [(group[0].recipe, cut[:WINDOWS_AHEAD]) for group, cut in plan]
             self._prefetch(ahead, groups[0][0].spent)
             for group, cut in plan:

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import jsonschema
 import pytest
 
-from crab_edge.batch import find_media
+from crab_edge.batch import Request, find_media
+from crab_edge.rows import schema
 from tests import media
 
 CAPTION = "a dog"
@@ -40,12 +42,15 @@ def test_one_row_for_each_clip_and_task(cli, folder, tmp_path):
     out = tmp_path / "out"
     ran = cli("analyze", folder, "--task", "avcap,ave", "--out", out, answers_=CAPTION)
     assert ran.code == 0, ran.err
+    validator = jsonschema.Draft202012Validator(schema())
+    for row in rows(out):
+        validator.validate(row)
     found = {(row["media"][0].split("/in/")[1], row["task"]): row for row in rows(out)}
     assert len(found) == len(rows(out)) == 8
     good = found["b.mp4", "avcap"]
     assert good["raw"] == CAPTION and good["parsed"] == [{"type": "caption", "text": CAPTION}]
     assert good["duration_s"] == pytest.approx(8, abs=0.1) and good["bundle"].startswith("fake/w4@")
-    assert len(good["sha256"]) == 64 and good["version"] == 1 and good["engine"] == {"name": "fake"}
+    assert len(good["sha256"]) == 64 and good["version"] == 2 and good["engine"] == {"name": "fake"}
     broken = found["deep/broken.mp4", "ave"]["error"]
     assert (
         broken["type"] == "MediaError" and "broken.mp4" in broken["message"] and "\n" not in broken["message"]
@@ -150,7 +155,7 @@ def test_nothing_to_read(cli, tmp_path, folder):
 def test_two_runs_do_not_share_an_output(cli, clips, tmp_path):
     from crab_edge_apps._rows import RowFile
 
-    with RowFile(tmp_path, bundle="b", engine={}, question=None):
+    with RowFile(tmp_path, bundle="b", engine={}, request=Request(("avcap",))):
         ran = cli("analyze", clips["av"], "--task", "avcap", "--out", tmp_path)
     assert ran.code == 2 and "another run" in ran.err
 

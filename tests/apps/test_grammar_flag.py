@@ -30,7 +30,7 @@ def test_analyze_keeps_rows_with_and_without_apart(cli, clips, tmp_path):
         ran = cli("analyze", clips["av"], "--task", "ave", "--out", tmp_path, *flags, answers_="a dog")
         assert ran.code == 0 and f"{known} rows already there" in ran.out
     plain, held = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
-    assert "grammar" not in plain and held["grammar"] is True
+    assert plain["grammar"] is False and held["grammar"] is True
     assert plain["raw"] == "a dog" and held["raw"].startswith("a dog<event>")
 
 

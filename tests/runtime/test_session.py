@@ -196,7 +196,7 @@ def test_long_clips_go_by_windows_in_clip_seconds(opened):
 def test_tasks_share_each_window(opened):
     session, engine = opened("a dog", "long")
     answers = session.ask_all(["avcap", "ave"])
-    assert len(answers[0].parsed) == 3 and answers[0].parsed[0] == Caption("a dog")
+    assert len(answers[0].parsed) == 3 and answers[0].parsed[0] == Caption("a dog", window=(0, 10))
     assert len(engine.vision_calls) == 3
     assert answers[1].timings.cached_tokens > 1000 and answers[1].timings.prefill_s < 5
 
