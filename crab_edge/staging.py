@@ -29,7 +29,7 @@ def staged_folder(
         with _writable(out):
             folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
             # mkdtemp makes a private folder; the result is as readable as the user's other files.
-            folder.chmod(0o777 & ~_umask())
+            folder.chmod(0o777 & ~current_umask())
         yield folder
         with _writable(out):
             for path in [*folder.rglob("*"), folder]:
@@ -85,6 +85,13 @@ def check_space(out: Path | str, needed: int, what: str) -> None:
         )
 
 
+def current_umask() -> int:
+    """The process's umask: which permissions new files don't get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _check_folder(out: Path, overwrite: bool, ours: Callable[[Path], bool]) -> None:
     if not os.path.lexists(out) or (out.is_dir() and not out.is_symlink() and not any(out.iterdir())):
         return
@@ -134,12 +141,6 @@ def _replace(folder: Path, out: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync(path: Path) -> None:

@@ -1,7 +1,8 @@
 """Crab+ in torch: base model, I-LoRA adapter, their directories. Needs the extra `train`.
 
 A model directory holds config.json (the thinker's), model*.safetensors, tokenizer.json, features.json,
-card.json, or is Hugging Face's of Qwen2.5-Omni; an adapter directory holds PEFT's adapter_config.json and adapter_model.safetensors.
+card.json, or is Hugging Face's of Qwen2.5-Omni; an adapter directory holds PEFT's adapter_config.json and
+adapter_model.safetensors (`official.py` converts Crab+'s own finetune_weights.bin).
 """
 
 from crab_edge.ilora.torch_layer import ILoRALayer, ILoRALinear

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from crab_edge.errors import InputError, ModelError
 from crab_edge.model.names import OTHER_PARTS, canonical
+from crab_edge.staging import current_umask
 
 if TYPE_CHECKING:
     import torch
@@ -94,18 +95,20 @@ class WeightFiles:
             raise ModelError(f"{entry.file}: can't be read any more ({error}); was it replaced?") from None
 
 
-def check_finite(tensor: torch.Tensor, name: str, where: Path | str) -> None:
-    """ModelError if a tensor holds NaN or infinity. No copy is made: least and greatest value tell both."""
+def check_finite(tensor: torch.Tensor, name: str, where: Path | str) -> float:
+    """The greatest magnitude in a tensor; ModelError if it holds NaN or infinity. No copy is made."""
     import torch
 
     if not tensor.numel():
-        return
-    if not all(torch.isfinite(edge) for edge in torch.aminmax(tensor)):
+        return 0.0
+    edges = torch.stack(torch.aminmax(tensor))
+    if not torch.isfinite(edges).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise ModelError(
             f"{where}: {name} holds NaN or infinity in {bad:,} of {tensor.numel():,} values; "
             "the file is damaged or its training diverged: use another checkpoint"
         )
+    return float(edges.abs().max())
 
 
 def check_weights(
@@ -140,6 +143,8 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapp
 
     try:
         save_file(dict(tensors), file, metadata=dict(metadata))
+        # The library's files are private; these are as readable as the user's others.
+        file.chmod(0o666 & ~current_umask())
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{file}: can't be written ({error}); free some space or choose another --out"
