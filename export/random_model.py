@@ -201,7 +201,8 @@ def _random(name: str, seed: int) -> Any:
     """A generator of the tensor's own, so that a cut model's layers are the whole model's."""
     import torch
 
-    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    # The generator listens to 32 bits only.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -6,7 +6,6 @@ machine that couldn't hold it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,16 +113,28 @@ class WeightStore:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a base weight, without reading it."""
-        return self._base.stored[name].shape
+        return self._base.entry(name).shape
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all base weights by canonical name."""
+        return self._base.shapes()
+
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same of the adapter's weights."""
+        return {} if self._adapter is None else self._adapter.shapes()
+
+    def files(self) -> list[Path]:
+        """The safetensors files that are read."""
+        opened = [self._base] if self._adapter is None else [self._base, self._adapter]
+        return sorted({entry.file for files in opened for entry in files.stored.values()})
 
     def array(self, name: str) -> Floats:
         """A base weight as float32."""
         return _floats(self._base.tensor(name), name, self.model_dir)
 
-    def rows(self, name: str, count: int) -> Iterator[Floats]:
-        """A base weight as float32 [count or fewer, ...], part after part: for what is too big to hold."""
-        for start in range(0, self.shape(name)[0], count):
-            yield _floats(self._base.rows(name, start, start + count), name, self.model_dir)
+    def rows(self, name: str, begin: int, end: int) -> Floats:
+        """Rows begin..end of a base weight as float32; nothing else of it is read."""
+        return _floats(self._base.rows(name, begin, end), name, self.model_dir)
 
     def linear(self, path: str) -> Linear:
         """The linear at `path` (without `.weight`), with its adapter if that does anything."""

@@ -148,7 +148,10 @@ def _check_sizes(path: Path, config: Qwen2_5OmniThinkerConfig, features: Feature
 
 
 def _check_tokenizer(file: Path, config: Qwen2_5OmniThinkerConfig) -> None:
-    """The tokenizer's special tokens must have the ids that the model was trained with."""
+    """The tokenizer's special tokens must have the ids that the model was trained with.
+
+    Ids that `config` doesn't have (those of the chat's turns aren't in the released one) are filled in.
+    """
     from tokenizers import Tokenizer
 
     if not file.is_file():
@@ -164,7 +167,9 @@ def _check_tokenizer(file: Path, config: Qwen2_5OmniThinkerConfig) -> None:
         known, found = getattr(config, attribute, None), tokenizer.token_to_id(token)
         if found is None:
             raise ModelError(f"{file}: lacks the token {token}; expected a tokenizer of Qwen2.5-Omni")
-        if known is not None and known != found:
+        if known is None:
+            setattr(config, attribute, found)
+        elif known != found:
             raise ModelError(
                 f"{file}: {token} has id {found}, but config.json's {attribute} is {known}; "
                 "they belong to different models"

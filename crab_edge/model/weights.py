@@ -68,6 +68,14 @@ class WeightFiles:
     def __len__(self) -> int:
         return len(self.stored)
 
+    def entry(self, name: str) -> Stored:
+        """Where a tensor lies; ModelError for a name that no file has."""
+        if name not in self.stored:
+            raise ModelError(
+                f"{self.directory}: holds no weight {name}; its config doesn't describe these weights"
+            )
+        return self.stored[name]
+
     def shapes(self) -> dict[str, Shape]:
         """Canonical name -> shape."""
         return {name: entry.shape for name, entry in self.stored.items()}
@@ -83,11 +91,7 @@ class WeightFiles:
     def _read(self, name: str, rows: slice | None) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open
 
-        if name not in self.stored:
-            raise ModelError(
-                f"{self.directory}: holds no weight {name}; its config doesn't describe these weights"
-            )
-        entry = self.stored[name]
+        entry = self.entry(name)
         try:
             with safe_open(entry.file, framework="pt") as tensors:
                 return tensors.get_tensor(entry.name) if rows is None else tensors.get_slice(entry.name)[rows]

@@ -7,8 +7,9 @@ import torch
 
 from crab_edge.errors import ModelError
 from crab_edge.features import FeatureConfig
-from crab_edge.model import load_base, load_config, official_config, open_model_dir
+from crab_edge.model import load_base, load_config, official_config, open_model_dir, special_ids
 from crab_edge.model.base import thinker_shapes
+from crab_edge.prompt import PromptBuilder
 from tests.official import make_official_dir
 from tests.tiny_model import MELS, make_tiny_model_dir
 
@@ -45,6 +46,7 @@ def test_what_a_hugging_face_directory_becomes(official):
     assert (model.card.name, model.card.tasks, model.card.labels) == ("base", None, None)
     assert model.config.text_config.rope_parameters["mrope_section"] == [4, 6, 6]
     assert model.tokenizer_file.is_file()
+    assert special_ids(model.config) == PromptBuilder(model.tokenizer_file, model.features).special
     assert "lm_head.weight" in model.weights()
 
 
@@ -58,6 +60,10 @@ def test_transformers_reads_the_same_model_from_it(official):
     """The official form is not our idea of it: transformers' own loader gives the same weights and config."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+    index = official / "model.safetensors.index.json"
+    places = json.loads(index.read_text())
+    del places["weight_map"]["token2wav.dit.weight"]  # in a file that only we don't ask for
+    index.write_text(json.dumps(places))
     theirs = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(official, dtype=torch.bfloat16)
     ours = load_base(official, torch.bfloat16)
     state = ours.state_dict()

@@ -56,10 +56,9 @@ def test_rows_are_rows_of_the_tensor(official):
 
 
 def test_a_shard_that_is_not_there(official):
-    (official / "model-00002-of-00007.safetensors").unlink(missing_ok=True)
     gone = sorted(official.glob("model-0*"))[-1]
     gone.unlink()
-    with pytest.raises(ModelError, match=rf"places \d+ weights in .*isn't there \(first thinker\..*fetch"):
+    with pytest.raises(ModelError, match=r"places \d+ weights in .*isn't there \(first thinker\..*fetch"):
         WeightFiles(official)
 
 
@@ -115,14 +114,14 @@ def test_directories_of_something_else(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers(official, value):
-    file = sorted(official.glob("model-0*"))[2]
+    name = "thinker.visual.blocks.1.mlp.down_proj.weight"
+    file = official / index_of(official)[1]["weight_map"][name]
     weights = load_file(file)
-    name = next(n for n, t in weights.items() if t.ndim == 2)
     weights[name][1, 1] = value
     save_file(weights, file)
     with pytest.raises(ModelError, match=r"NaN or infinity in 1 of") as raised:
         load_base(official)
-    assert name.removeprefix("thinker.").removeprefix("model.") in str(raised.value)
+    assert name.removeprefix("thinker.") in str(raised.value)
 
 
 def test_check_finite_gives_the_greatest_magnitude():
