@@ -67,9 +67,9 @@ def write_base(
 ) -> Path:
     """A Hugging Face directory of a thinker with random bf16 weights, shard by shard; all or nothing."""
     from crab_edge.model.base import thinker_shapes
-    from crab_edge.model.names import THINKER_PREFIX, official
     from crab_edge.model.weights import save_tensors
     from crab_edge.staging import check_space, staged_folder
+    from crab_edge.weight_names import THINKER_PREFIX, official
 
     shapes = thinker_shapes(config)
     shards = list(_shards(shapes))
@@ -114,8 +114,8 @@ def write_adapter(
 
     from crab_edge.model.adapter import adapter_shapes, target_linears
     from crab_edge.model.base import on_meta
-    from crab_edge.model.names import DECODER, PEFT_PREFIX, canonical, official
     from crab_edge.staging import check_space, staged_file
+    from crab_edge.weight_names import DECODER, PEFT_PREFIX, canonical, official
 
     linears = {canonical(name): widths for name, widths in target_linears(on_meta(config)).items()}
     shapes = adapter_shapes(linears, rank, experts)
@@ -188,7 +188,7 @@ def _tensor(name: str, shape: tuple[int, ...], config: Any, seed: int) -> Any:
 
 
 def _depth(name: str, config: Any) -> int:
-    from crab_edge.model.names import AUDIO, VISION
+    from crab_edge.weight_names import AUDIO, VISION
 
     if name.startswith(VISION):
         return config.vision_config.depth

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crab_edge.model.names import canonical
+from crab_edge.weight_names import canonical
 
 if TYPE_CHECKING:
     import torch

@@ -49,7 +49,7 @@ def hollow_adapter(size: str, *, rank: int = 128, experts: int = 3) -> dict:
     from crab_edge.model import official_config, target_linears
     from crab_edge.model.adapter import adapter_shapes
     from crab_edge.model.base import on_meta
-    from crab_edge.model.names import canonical, official
+    from crab_edge.weight_names import canonical, official
 
     linears = {canonical(n): widths for n, widths in target_linears(on_meta(official_config(size))).items()}
     zero = torch.zeros(1, dtype=torch.bfloat16)

@@ -21,8 +21,8 @@ from crab_edge.ilora.torch_register import register
 from crab_edge.ilora.torch_tuner import ILoRAConfig
 from crab_edge.model.base import Thinker
 from crab_edge.model.config import describe_decoder
-from crab_edge.model.names import DECODER, PEFT_PREFIX, canonical, transformers_name
 from crab_edge.model.weights import Shape, WeightFiles, check_finite, check_weights
+from crab_edge.weight_names import DECODER, PEFT_PREFIX, canonical, transformers_name
 
 register()
 

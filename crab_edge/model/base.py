@@ -22,8 +22,8 @@ from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditio
 from transformers.initialization import no_init_weights
 
 from crab_edge.errors import ModelError
-from crab_edge.model.names import canonical, transformers_name
 from crab_edge.model.weights import Shape, WeightFiles, check_finite, check_weights
+from crab_edge.weight_names import canonical, transformers_name
 
 OMNI = "qwen2_5_omni"
 """model_type of the whole Qwen2.5-Omni, thinker and talker."""

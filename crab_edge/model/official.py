@@ -33,10 +33,10 @@ from crab_edge.model.adapter import (
 )
 from crab_edge.model.base import load_config, on_meta
 from crab_edge.model.config import SIZES, describe_decoder, official_config, official_name
-from crab_edge.model.names import AUDIO, DECODER, PEFT_PREFIX, VISION, canonical, official, transformers_name
 from crab_edge.model.official_file import read_tensors
 from crab_edge.model.weights import Shape, check_finite, check_weights, save_tensors
 from crab_edge.staging import check_space, staged_file, staged_folder
+from crab_edge.weight_names import AUDIO, DECODER, PEFT_PREFIX, VISION, canonical, official, transformers_name
 
 RANK, EXPERTS, ALPHA, DROPOUT = 128, 3, 256, 0.1
 """Of the released adapter; the file itself holds neither alpha nor dropout."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crab_edge.errors import InputError, ModelError
-from crab_edge.model.names import OTHER_PARTS, canonical
 from crab_edge.staging import current_umask
+from crab_edge.weight_names import OTHER_PARTS, canonical
 
 if TYPE_CHECKING:
     import torch

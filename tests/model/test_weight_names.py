@@ -4,7 +4,7 @@ import pytest
 
 from crab_edge.model import official_config
 from crab_edge.model.base import on_meta, thinker_shapes
-from crab_edge.model.names import canonical, official, transformers_name
+from crab_edge.weight_names import canonical, official, transformers_name
 
 
 @pytest.mark.parametrize(
