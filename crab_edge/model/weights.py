@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     import torch
 
 Shape = tuple[int, ...]
+DTYPES = ("BF16", "F16", "F32")
 SHOWN = 5
 """How many names of each kind an error lists; it always says how many there are."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its name there, its shape and its safetensors dtype (BF16, F16, F32, ..)."""
+    """A tensor in a file: its name there, its shape and its safetensors dtype, one of `DTYPES`."""
 
     file: Path
     name: str
@@ -205,7 +206,13 @@ def _header(file: Path) -> Iterable[Stored]:
             for name in tensors.keys():
                 if not _other(name):
                     part = tensors.get_slice(name)
-                    yield Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+                    entry = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+                    if entry.dtype not in DTYPES:
+                        raise ModelError(
+                            f"{file}: {name} is {entry.dtype}, expected {', '.join(DTYPES)}: "
+                            "give the float model, not a quantised one"
+                        )
+                    yield entry
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{file} is not a whole safetensors file ({_damage(file) or error}): copy it again"

@@ -112,6 +112,16 @@ def test_directories_of_something_else(tmp_path):
         WeightFiles(tmp_path)
 
 
+def test_a_quantised_model(official):
+    file = sorted(official.glob("model-0*"))[0]
+    weights = load_file(file)
+    name = next(iter(weights))
+    weights[name] = weights[name].to(torch.int8)
+    save_file(weights, file)
+    with pytest.raises(ModelError, match=r"is I8, expected BF16.*not a quantised one"):
+        WeightFiles(official)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers(official, value):
     name = "thinker.visual.blocks.1.mlp.down_proj.weight"
