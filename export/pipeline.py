@@ -13,8 +13,7 @@ from crab_edge_calibration import QuantisationReport, quantize_rows
 from numpy.typing import NDArray
 
 from crab_edge.bundle import Bundle, BundleWriter
-from crab_edge.errors import DependencyError, InputError, ModelError
-from crab_edge.features import FeatureConfig
+from crab_edge.errors import DependencyError, InputError
 from crab_edge.manifest import AdapterInfo, Manifest, ModelInfo, Recipe
 from crab_edge.prompt import PromptBuilder
 
@@ -96,23 +95,16 @@ class _Job:
     """The inputs of one export, read and checked, and its progress."""
 
     def __init__(self, model_dir: Path, adapter_dir: Path | None, progress: Progress | None) -> None:
-        from crab_edge.model import load_card, load_config
+        from crab_edge.model import open_model_dir
 
+        model = open_model_dir(model_dir)
         self.model_dir, self.adapter_dir = model_dir, adapter_dir
-        self.config = load_config(model_dir)
-        self.card = load_card(model_dir)
-        self.features = FeatureConfig.load(model_dir / "features.json")
-        self.prompt = PromptBuilder(model_dir / "tokenizer.json", self.features)
+        self.config, self.card, self.features = model.config, model.card, model.features
+        self.prompt = PromptBuilder(model.tokenizer_file, self.features)
         self._progress = progress
         self._done = 0
         text, sound = self.config.text_config, self.config.audio_config
         self._steps = text.num_hidden_layers + sound.encoder_layers + self.config.vision_config.depth
-        if sound.num_mel_bins != self.features.n_mels or 2 * sound.n_window != self.features.audio_chunk:
-            raise ModelError(
-                f"{model_dir}: features.json makes {self.features.n_mels} mel bands in chunks of "
-                f"{self.features.audio_chunk}, but the audio encoder takes {sound.num_mel_bins} in chunks of "
-                f"{2 * sound.n_window}; they belong to different models"
-            )
 
     def plan(self, more: int) -> None:
         """Steps to come beside the layers."""

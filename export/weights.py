@@ -6,21 +6,23 @@ machine that couldn't hold it.
 
 from __future__ import annotations
 
-import json
-import re
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crab_edge.errors import ModelError
+from crab_edge.weight_names import canonical
+
+if TYPE_CHECKING:
+    import torch
+
+    from crab_edge.model.weights import WeightFiles
 
 Floats = NDArray[np.float32]
-_WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|thinker\.)+")
-_ADAPTED = re.compile(r"(?P<path>.+)\.(?P<part>lora_route|lora_A|lora_B\d+)\.weight")
+__all__ = ["Adapter", "Floats", "Linear", "WeightStore", "canonical"]
 
 
 @dataclass(frozen=True)
@@ -52,65 +54,37 @@ class Linear:
     adapter: Adapter | None = None
 
 
-def canonical(name: str) -> str:
-    """A weight's name without wrappers, the same for both generations of transformers' names.
-
-    `language_model.*`, `visual.*`, `audio_tower.*` and `lm_head.weight`.
-    """
-    name = _WRAPPERS.sub("", name)
-    if not name.startswith("lm_head."):
-        name = name.removeprefix("model.")
-    # Older checkpoints call the decoder `model.*` only.
-    if name.startswith(("layers.", "norm.", "embed_tokens.")):
-        name = f"language_model.{name}"
-    return name
-
-
 class WeightStore:
     """The weights of a model directory and of an optional adapter directory, by canonical name.
 
-    Use it as a context manager. Reading gives float32 whatever the files hold. Raises ModelError for what is
-    missing or misshapen.
+    Opening reads headers only, and checks that the files hold exactly what the model's configuration and the
+    adapter's say; ModelError names what is missing, unknown or misshapen. Reading gives float32 whatever the
+    files hold, and refuses NaN and infinity. Nothing stays mapped between two reads.
     """
 
     def __init__(self, model_dir: Path, adapter_dir: Path | None = None) -> None:
+        from crab_edge.model.adapter import adapter_config, check_adapter_files, matching_linears
+        from crab_edge.model.base import check_base, load_config, on_meta
+
         self.model_dir = Path(model_dir)
         self.adapter_dir = Path(adapter_dir) if adapter_dir is not None else None
         self.adapter_config: dict[str, Any] = {}
-        self.zero_linears: list[str] = []
-        self._stack = ExitStack()
-        self._base: dict[str, tuple[Any, str]] = {}
-        self._adapter: dict[str, tuple[Any, str]] = {}
-        self._open(self._base, self.model_dir, "model*.safetensors")
+        config = load_config(self.model_dir)
+        self._base: WeightFiles = check_base(self.model_dir, config)
+        self._adapter: WeightFiles | None = None
+        self._linears: list[str] = []
         if self.adapter_dir is not None:
-            self._open(self._adapter, self.adapter_dir, "adapter_model*.safetensors")
-            path = self.adapter_dir / "adapter_config.json"
-            try:
-                self.adapter_config = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ModelError(f"{path}: can't be read ({error}); give an adapter directory") from None
-            if self.adapter_config.get("peft_type") != "ILORA":
-                found = self.adapter_config.get("peft_type")
-                raise ModelError(f"{path}: expected an I-LoRA adapter, got peft_type {found!r}")
+            adapter = adapter_config(self.adapter_dir)
+            self.adapter_config = adapter.to_dict()
+            linears = matching_linears(on_meta(config), adapter)
+            self._adapter = check_adapter_files(self.adapter_dir, adapter, linears)
+            self._linears = sorted(linears)
 
     def __enter__(self) -> WeightStore:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._stack.close()
-
-    def _open(self, index: dict[str, tuple[Any, str]], folder: Path, pattern: str) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        files = sorted(folder.glob(pattern))
-        if not files:
-            raise ModelError(f"{folder}: holds no {pattern}; give a directory written by training")
-        for file in files:
-            try:
-                tensors = self._stack.enter_context(safe_open(file, framework="pt"))
-            except SafetensorError as error:
-                raise ModelError(f"{file}: not a whole safetensors file ({error}); copy it again") from None
-            index.update({canonical(name): (tensors, name) for name in tensors.keys()})
+        """Nothing is held open; the form is kept for callers that think in sessions."""
 
     @property
     def scaling(self) -> float:
@@ -118,24 +92,49 @@ class WeightStore:
         return float(self.adapter_config["lora_alpha"]) / int(self.adapter_config["r"])
 
     def adapted(self) -> list[str]:
-        """Canonical paths of the linears that the adapter files name."""
-        matches = (_ADAPTED.fullmatch(name) for name in self._adapter)
-        return sorted({match["path"] for match in matches if match})
+        """Canonical paths of the linears that the adapter has weights for, zero ones included."""
+        return list(self._linears)
+
+    @cached_property
+    def zero_linears(self) -> list[str]:
+        """Those of `adapted` whose experts are all exactly zero: no-ops, which `linear` leaves out.
+
+        Known before anything is exported; a linear that isn't zero costs the reading of a few rows.
+        """
+        return [path for path in self._linears if self._is_zero(path)]
 
     def n_parameters(self) -> int:
         """Parameters of base and adapter together, from the files' headers."""
-        total = 0
-        for index in (self._base, self._adapter):
-            for tensors, name in index.values():
-                total += int(np.prod(tensors.get_slice(name).get_shape(), dtype=np.int64))
-        return total
+        files = [self._base] if self._adapter is None else [self._base, self._adapter]
+        return sum(int(np.prod(s, dtype=np.int64)) for each in files for s in each.shapes().values())
 
     def __contains__(self, name: str) -> bool:
         return name in self._base
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a base weight, without reading it."""
+        return self._base.entry(name).shape
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all base weights by canonical name."""
+        return self._base.shapes()
+
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same of the adapter's weights."""
+        return {} if self._adapter is None else self._adapter.shapes()
+
+    def files(self) -> list[Path]:
+        """The safetensors files that are read."""
+        opened = [self._base] if self._adapter is None else [self._base, self._adapter]
+        return sorted({entry.file for files in opened for entry in files.stored.values()})
+
     def array(self, name: str) -> Floats:
         """A base weight as float32."""
-        return self._read(self._base, name, self.model_dir)
+        return _floats(self._base.tensor(name), name, self.model_dir)
+
+    def rows(self, name: str, begin: int, end: int) -> Floats:
+        """Rows begin..end of a base weight as float32; nothing else of it is read."""
+        return _floats(self._base.rows(name, begin, end), name, self.model_dir)
 
     def linear(self, path: str) -> Linear:
         """The linear at `path` (without `.weight`), with its adapter if that does anything."""
@@ -143,33 +142,41 @@ class WeightStore:
         if weight.ndim > 2:  # a convolution whose kernel is its stride
             weight = weight.reshape(len(weight), -1)
         bias = self.array(f"{path}.bias") if f"{path}.bias" in self._base else None
-        return Linear(path, weight, bias, self._read_adapter(path, weight))
+        return Linear(path, weight, bias, self._read_adapter(path))
 
-    def _read_adapter(self, path: str, weight: Floats) -> Adapter | None:
-        if f"{path}.lora_A.weight" not in self._adapter:
+    def adapter_array(self, name: str) -> Floats:
+        """A weight of the adapter as float32, e.g. `language_model.layers.0.mlp.up_proj.lora_B1.weight`."""
+        assert self._adapter is not None and self.adapter_dir is not None
+        return _floats(self._adapter.tensor(name), name, self.adapter_dir)
+
+    def _read_adapter(self, path: str) -> Adapter | None:
+        if self._adapter is None or f"{path}.lora_A.weight" not in self._adapter:
             return None
-        assert self.adapter_dir is not None
-
-        def part(name: str) -> Floats:
-            return self._read(self._adapter, f"{path}.{name}.weight", self.adapter_dir)
-
-        down, route = part("lora_A"), part("lora_route")
-        up = np.concatenate([part(f"lora_B{i}") for i in range(len(route))], axis=1)
-        rank = int(self.adapter_config["r"])
-        if down.shape != (rank, weight.shape[1]) or up.shape != (len(weight), rank * len(route)):
-            raise ModelError(
-                f"{self.adapter_dir}: the adapter of {path} has A {list(down.shape)} and B {list(up.shape)}, "
-                f"which doesn't fit weights {list(weight.shape)} at rank {rank}; give this model's adapter"
-            )
-        if not up.any():
-            self.zero_linears.append(path)
+        if path in self.zero_linears:
             return None
-        return Adapter(down, route, up * np.float32(self.scaling))
+        down, route = (self.adapter_array(f"{path}.{part}.weight") for part in ("lora_A", "lora_route"))
+        up = np.concatenate([self.adapter_array(f"{path}.{part}.weight") for part in self._experts()], axis=1)
+        up *= np.float32(self.scaling)
+        return Adapter(down, route, up)
 
-    def _read(self, index: dict[str, tuple[Any, str]], name: str, folder: Path) -> Floats:
-        import torch
+    def _experts(self) -> list[str]:
+        return [f"lora_B{i}" for i in range(int(self.adapter_config["num_experts"]))]
 
-        if name not in index:
-            raise ModelError(f"{folder}: holds no weight {name}; its config doesn't describe these weights")
-        tensors, original = index[name]
-        return tensors.get_tensor(original).to(torch.float32).numpy()
+    def _is_zero(self, path: str) -> bool:
+        assert self._adapter is not None
+        for part in self._experts():
+            name = f"{path}.{part}.weight"
+            # The first row of an expert that isn't zero nearly always tells.
+            if self._adapter.rows(name, 0, 1).any() or self._adapter.tensor(name).any():
+                return False
+        return True
+
+
+def _floats(tensor: torch.Tensor, name: str, where: Path) -> Floats:
+    import torch
+
+    from crab_edge.model.weights import check_finite
+
+    check_finite(tensor, name, where)
+    # The copy lets go of the mapped file, also where it holds float32 already.
+    return tensor.to(torch.float32, copy=True).numpy()

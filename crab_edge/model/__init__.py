@@ -1,7 +1,8 @@
 """Crab+ in torch: base model, I-LoRA adapter, their directories. Needs the extra `train`.
 
 A model directory holds config.json (the thinker's), model*.safetensors, tokenizer.json, features.json,
-card.json; an adapter directory holds PEFT's adapter_config.json and adapter_model.safetensors.
+card.json, or is Hugging Face's of Qwen2.5-Omni; an adapter directory holds PEFT's adapter_config.json and
+adapter_model.safetensors (`official.py` converts Crab+'s own finetune_weights.bin).
 """
 
 from crab_edge.ilora.torch_layer import ILoRALayer, ILoRALinear
@@ -17,7 +18,8 @@ from crab_edge.model.adapter import (
     zero_linears,
 )
 from crab_edge.model.base import Card, Thinker, build, load_base, load_card, load_config, save_base
-from crab_edge.model.config import nano_config, special_ids, with_tokenizer
+from crab_edge.model.config import nano_config, official_config, special_ids, with_tokenizer
+from crab_edge.model.directory import ModelDir, open_model_dir
 
 __all__ = [
     "TARGETS",
@@ -25,6 +27,7 @@ __all__ = [
     "ILoRAConfig",
     "ILoRALayer",
     "ILoRALinear",
+    "ModelDir",
     "Thinker",
     "adapted_layers",
     "adapter_config",
@@ -35,6 +38,8 @@ __all__ = [
     "load_card",
     "load_config",
     "nano_config",
+    "official_config",
+    "open_model_dir",
     "save_adapter",
     "save_base",
     "special_ids",

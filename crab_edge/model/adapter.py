@@ -8,6 +8,7 @@ out_proj) and the gated MLP of the vision tower (its attention is called q, k, v
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -18,14 +19,19 @@ from crab_edge.errors import ModelError
 from crab_edge.ilora.torch_layer import ILoRALayer
 from crab_edge.ilora.torch_register import register
 from crab_edge.ilora.torch_tuner import ILoRAConfig
-from crab_edge.model.base import Thinker, check_weights
+from crab_edge.model.base import Thinker
+from crab_edge.model.config import describe_decoder
+from crab_edge.model.weights import Shape, WeightFiles, check_finite, check_weights
+from crab_edge.weight_names import DECODER, PEFT_PREFIX, canonical, transformers_name
 
 register()
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOWERS = r"(.*\.)?(audio_tower|visual)\..*"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+CONFIG = "adapter_config.json"
+_PREFIX = PEFT_PREFIX
+_LAYER = re.compile(rf"{DECODER}\.layers\.(\d+)\.")
 
 
 def target_linears(model: nn.Module, *, towers: bool = True) -> dict[str, tuple[int, int]]:
@@ -79,20 +85,63 @@ def load_adapter(model: Thinker, directory: Path | str, *, trainable: bool = Fal
     _refuse_adapted(model)
     path = Path(directory)
     config = adapter_config(path)
-    expected = {}
-    for name, (n_in, n_out) in _matching(model, config).items():
-        key = f"{_PREFIX}{name}."
-        expected[f"{key}lora_route.weight"] = (config.num_experts, n_in)
-        expected[f"{key}lora_A.weight"] = (config.r, n_in)
-        for i in range(config.num_experts):
-            expected[f"{key}lora_B{i}.weight"] = (n_out, config.r)
-    check_weights(_adapter_shapes(path), expected, path)
+    files = check_adapter_files(path, config, matching_linears(model, config))
+    for name in files:
+        check_finite(files.tensor(name), name, path)
     return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+
+
+def check_adapter_files(
+    directory: Path, config: ILoRAConfig, linears: dict[str, tuple[int, int]]
+) -> WeightFiles:
+    """The tensors of an adapter directory; ModelError unless they are exactly those of `linears`.
+
+    linears: canonical name -> (in, out), as `matching_linears` gives them.
+    """
+    files = WeightFiles(directory, "adapter_model")
+    expected = adapter_shapes(linears, config.r, config.num_experts)
+    check_decoder(files.shapes(), linears, directory)
+    check_weights(
+        {f"{_PREFIX}{transformers_name(n)}": shape for n, shape in files.shapes().items()},
+        {f"{_PREFIX}{transformers_name(n)}": shape for n, shape in expected.items()},
+        directory,
+        f"it was trained on another base or isn't of r={config.r} and {config.num_experts} experts, as its "
+        "adapter_config.json says",
+    )
+    return files
+
+
+def adapter_shapes(linears: dict[str, tuple[int, int]], rank: int, experts: int) -> dict[str, Shape]:
+    """Canonical tensor name -> shape of an adapter on `linears`: for each one router, A, every B."""
+    shapes: dict[str, Shape] = {}
+    for name, (n_in, n_out) in linears.items():
+        shapes[f"{name}.lora_route.weight"] = (experts, n_in)
+        shapes[f"{name}.lora_A.weight"] = (rank, n_in)
+        for i in range(experts):
+            shapes[f"{name}.lora_B{i}.weight"] = (n_out, rank)
+    return shapes
+
+
+def check_decoder(found: dict[str, Shape], linears: dict[str, tuple[int, int]], where: Path) -> None:
+    """ModelError naming both sizes if an adapter's tensors were made for a decoder of other sizes."""
+    theirs = decoder_size({n: s[-1] for n, s in found.items() if n.endswith(".q_proj.lora_A.weight")})
+    ours = decoder_size({n: width for n, (width, _) in linears.items() if n.endswith(".q_proj")})
+    if theirs and ours and theirs != ours:
+        raise ModelError(
+            f"{where} is an adapter for {describe_decoder(*theirs)}, but the base has "
+            f"{describe_decoder(*ours)}: give the base that it was trained on"
+        )
+
+
+def decoder_size(inputs: dict[str, int]) -> tuple[int, int] | None:
+    """(layers, width) of a decoder from canonical names of one linear a layer and its input width."""
+    found = {int(m[1]): width for n, width in inputs.items() if (m := _LAYER.match(n))}
+    return (max(found) + 1, next(iter(found.values()))) if found else None
 
 
 def adapter_config(directory: Path | str) -> ILoRAConfig:
     """The configuration of an adapter directory; ModelError unless it is an I-LoRA."""
-    path = Path(directory) / "adapter_config.json"
+    path = Path(directory) / CONFIG
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
     except FileNotFoundError:
@@ -100,7 +149,7 @@ def adapter_config(directory: Path | str) -> ILoRAConfig:
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ModelError(f"{path} is not a JSON object ({error})") from None
     if kind != "ILORA":
-        raise ModelError(f"{path} is of peft_type {kind!r}, expected 'ILORA'")
+        raise ModelError(f"{path} is of peft_type {kind!r}, expected 'ILORA' (an I-LoRA adapter)")
     return ILoRAConfig.from_pretrained(str(directory))
 
 
@@ -118,29 +167,17 @@ def zero_linears(model: nn.Module, adapter_name: str = "default") -> list[str]:
     ]
 
 
-def _matching(model: nn.Module, config: ILoRAConfig) -> dict[str, tuple[int, int]]:
+def matching_linears(model: nn.Module, config: ILoRAConfig) -> dict[str, tuple[int, int]]:
+    """The linears that an adapter configuration names: canonical name -> (in, out), in the model's order."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     if not config.target_modules:
         raise ModelError("the adapter's adapter_config.json names no target_modules")
     return {
-        name: (module.in_features, module.out_features)
+        canonical(name): (module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and check_target_module_exists(config, name) in (True,)
     }
-
-
-def _adapter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
-    file = directory / WEIGHTS
-    if not file.is_file():
-        raise ModelError(f"no {WEIGHTS} in {directory}: expected an adapter directory")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}
-    except SafetensorError as error:
-        raise ModelError(f"{file} is not a whole safetensors file ({error}): copy it again") from None
 
 
 def _refuse_adapted(model: nn.Module) -> None:

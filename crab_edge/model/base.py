@@ -2,7 +2,9 @@
 
     config.json  model*.safetensors  tokenizer.json  features.json  card.json
 
-Loading is strict: a missing, unknown or misshapen weight is a ModelError that names it.
+or a Hugging Face directory of Qwen2.5-Omni, whose talker and token2wav are left aside (`directory.py` reads
+what it has instead of the last two files). Loading is strict: a missing, unknown or misshapen weight is a
+ModelError that names it.
 """
 
 from __future__ import annotations
@@ -13,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 from crab_edge.errors import ModelError
+from crab_edge.model.weights import Shape, WeightFiles, check_finite, check_weights
+from crab_edge.weight_names import canonical, transformers_name
 
+OMNI = "qwen2_5_omni"
+"""model_type of the whole Qwen2.5-Omni, thinker and talker."""
 Thinker = Qwen2_5OmniThinkerForConditionalGeneration
 
 
@@ -78,92 +84,91 @@ def save_base(
 
 
 def load_base(directory: Path | str, dtype: torch.dtype = torch.float32) -> Thinker:
-    """Read a model directory written by `save_base`: parameters in `dtype`, eval mode."""
+    """Read a model directory (ours or Hugging Face's): parameters in `dtype`, eval mode.
+
+    Files are mapped one tensor at a time, so memory holds the model and hardly more while it is read.
+    """
     path = Path(directory)
     config = load_config(path)
+    files = check_base(path, config)
     with no_init_weights():
         model = Thinker._from_config(config, dtype=dtype)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    expected = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
-    check_weights(weight_shapes(path), expected, path)
+    state = model.state_dict()
     with torch.no_grad():
-        state = model.state_dict()
-        for file in _weight_files(path):
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    state[name].copy_(tensors.get_tensor(name))
-    if tied:
+        for name in files:
+            tensor = files.tensor(name)
+            check_finite(tensor, name, path)
+            state[transformers_name(name)].copy_(tensor)
+    if config.tie_word_embeddings:
         model.tie_weights()
     return model.eval()
 
 
+def check_base(directory: Path | str, config: Qwen2_5OmniThinkerConfig) -> WeightFiles:
+    """The weight files of a model directory; ModelError unless they hold exactly what `config` says.
+
+    A head that is stored is used as it is stored, whatever the configuration said of tying: `config` then
+    says so too.
+    """
+    files = WeightFiles(directory)
+    if "lm_head.weight" in files:
+        config.tie_word_embeddings = False
+    check_weights(
+        {transformers_name(n): shape for n, shape in files.shapes().items()},
+        {transformers_name(n): shape for n, shape in thinker_shapes(config).items()},
+        directory,
+    )
+    return files
+
+
+def thinker_shapes(config: Qwen2_5OmniThinkerConfig) -> dict[str, Shape]:
+    """Canonical name -> shape of every weight that a model directory of this configuration holds."""
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    shapes = {canonical(n): tuple(t.shape) for n, t in on_meta(config).state_dict().items()}
+    return {n: shape for n, shape in shapes.items() if n not in tied}
+
+
+def on_meta(config: Qwen2_5OmniThinkerConfig) -> Thinker:
+    """The thinker without memory for its weights: names and shapes, whatever its size."""
+    with torch.device("meta"), no_init_weights():
+        return Thinker(config)
+
+
 def load_config(directory: Path | str) -> Qwen2_5OmniThinkerConfig:
-    """The thinker's configuration of a model directory."""
-    raw = _read_json(Path(directory) / "config.json")
-    if raw.get("model_type") != Qwen2_5OmniThinkerConfig.model_type:
+    """The thinker's configuration of a model directory, ours or Hugging Face's."""
+    path = Path(directory) / "config.json"
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    if kind == OMNI:
+        raw = raw.get("thinker_config")
+        if not isinstance(raw, dict):
+            raise ModelError(f"{path}: a {OMNI} without thinker_config; copy it from the model again")
+    elif kind != Qwen2_5OmniThinkerConfig.model_type:
         raise ModelError(
-            f"{directory}/config.json is of model_type {raw.get('model_type')!r}, expected "
-            f"{Qwen2_5OmniThinkerConfig.model_type!r}: give the thinker's own directory"
+            f"{path} is of model_type {kind!r}, expected {OMNI!r} or "
+            f"{Qwen2_5OmniThinkerConfig.model_type!r}: give the directory of a Qwen2.5-Omni"
         )
-    return Qwen2_5OmniThinkerConfig.from_dict(raw)
+    text = raw.get("text_config") or {}
+    # The text part's class says "tied" where its file says nothing; only what the file says counts.
+    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    try:
+        return Qwen2_5OmniThinkerConfig.from_dict({**raw, "tie_word_embeddings": bool(tied)})
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(f"{path}: not a thinker's configuration ({error})") from None
 
 
 def load_card(directory: Path | str) -> Card:
     """The card of a model directory."""
     path = Path(directory) / "card.json"
     try:
-        return Card.model_validate(_read_json(path))
+        return Card.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def weight_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of every tensor in a directory's safetensors files, from their headers only."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(directory):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise ModelError(f"{file} is not a whole safetensors file ({error}): copy it again") from None
-    return shapes
-
-
-def check_weights(
-    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: Path
-) -> None:
-    """Raise ModelError naming the first missing, unknown or misshapen weight, and how many there are."""
-    missing = sorted(expected.keys() - found.keys())
-    unknown = sorted(found.keys() - expected.keys())
-    misshapen = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
-    if missing:
-        raise ModelError(
-            f"{where} lacks {len(missing)} of {len(expected)} weights, first {missing[0]} "
-            f"{expected[missing[0]]}: its config doesn't describe these weights, or the copy is incomplete"
-        )
-    if misshapen:
-        name = misshapen[0]
-        raise ModelError(
-            f"{where}: {name} has shape {found[name]}, expected {expected[name]} "
-            f"({len(misshapen)} such weights): its config doesn't describe these weights"
-        )
-    if unknown:
-        raise ModelError(
-            f"{where} holds {len(unknown)} weights that the model doesn't have, first {unknown[0]} "
-            f"{found[unknown[0]]}: its config doesn't describe these weights"
-        )
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("model*.safetensors"))
-    if not files:
-        raise ModelError(f"no model*.safetensors in {directory}: expected a directory written by save_base")
-    return files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model directory; ModelError if there is none."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -184,4 +189,4 @@ def _plain(features: Any) -> dict[str, Any]:
         return features.model_dump(mode="json")
     if isinstance(features, dict):
         return features
-    return _read_json(Path(features))
+    return read_json(Path(features))

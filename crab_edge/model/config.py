@@ -1,4 +1,4 @@
-"""Configurations: crab-nano's sizes, and the special ids that a tokenizer gives to a configuration."""
+"""Configurations: the sizes known by name, and the special ids that a tokenizer gives to one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Qwen2_5OmniThinkerConfig
 
-from crab_edge.errors import ModelError
+from crab_edge.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from crab_edge.prompt import SpecialIds
@@ -29,6 +29,7 @@ TOKENS = {
     "im_end_token_id": "<|im_end|>",
 }
 PAD_TOKEN = "<|endoftext|>"
+SIZES = {"7b": "Qwen2.5-Omni-7B", "3b": "Qwen2.5-Omni-3B"}
 
 
 def nano_config(**text_changes: Any) -> Qwen2_5OmniThinkerConfig:
@@ -37,9 +38,46 @@ def nano_config(**text_changes: Any) -> Qwen2_5OmniThinkerConfig:
     `text_changes` replace entries of its text part (smaller models for tests). The special ids are those of
     the official vocabulary until `with_tokenizer` sets them.
     """
-    sizes = json.loads(resources.files(__package__).joinpath("nano.json").read_text(encoding="utf-8"))
+    sizes = _resource("nano.json")
     sizes["text_config"].update(text_changes)
     return Qwen2_5OmniThinkerConfig(**sizes)
+
+
+def official_config(size: str) -> Qwen2_5OmniThinkerConfig:
+    """The thinker of Qwen2.5-Omni "7b" or "3b", so that files can be checked without the base at hand.
+
+    Sizes and ids are those of the released configurations. Whether the 3B's head is tied isn't known here:
+    with a base directory at hand, its own config.json and files decide.
+    """
+    if size not in SIZES:
+        raise InputError(f"--size: expected {' or '.join(SIZES)}, got {size!r}")
+    return Qwen2_5OmniThinkerConfig(**_resource(f"{SIZES[size].lower()}.json"))
+
+
+def describe(config: Qwen2_5OmniThinkerConfig) -> str:
+    """The decoder's size in words, with the model's name where it is one of `SIZES`."""
+    text = config.text_config
+    return describe_decoder(text.num_hidden_layers, text.hidden_size)
+
+
+def describe_decoder(layers: int, hidden_size: int) -> str:
+    """Like `describe`, from two numbers."""
+    sizes = f"{layers} decoder layers of width {hidden_size}"
+    name = official_name(layers, hidden_size)
+    return f"{sizes} ({name})" if name else sizes
+
+
+def official_name(layers: int, hidden_size: int) -> str | None:
+    """Which of `SIZES` has a decoder of these sizes."""
+    for name in SIZES.values():
+        text = _resource(f"{name.lower()}.json")["text_config"]
+        if (layers, hidden_size) == (text["num_hidden_layers"], text["hidden_size"]):
+            return name
+    return None
+
+
+def _resource(name: str) -> dict[str, Any]:
+    return json.loads(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
 
 
 def with_tokenizer(config: Qwen2_5OmniThinkerConfig, tokenizer_file: Path | str) -> Qwen2_5OmniThinkerConfig:

@@ -115,7 +115,7 @@ def test_weights_that_do_not_fit_are_named(saved, damage):
     if damage == "missing":
         del weights[name]
     elif damage == "unknown":
-        name = "talker.weight"
+        name = "extra_tower.weight"
         weights[name] = torch.zeros(2)
     else:
         weights[name] = weights[name][:, :-1].contiguous()
