@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,3 +133,23 @@ def results_to_json(results: Sequence[Result]) -> list[dict[str, Any]]:
             raise TypeError(f"expected a typed result, got {type(result).__name__}")
         out.append({"type": type(result).__name__.lower(), **asdict(result)})
     return out
+
+
+def results_from_json(items: Iterable[Mapping[str, Any]]) -> tuple[Result, ...]:
+    """The typed results that `results_to_json` made the dictionaries of; other fields are passed over.
+
+    Raises KeyError or TypeError for dictionaries of another shape.
+    """
+    kinds: dict[str, Any] = {
+        kind.__name__.lower(): kind for kind in (Event, Box, Points, Mask, Choice, Caption, Unparsed)
+    }
+    found = []
+    for item in items:
+        kind = kinds[item["type"]]
+        given = {entry.name: item[entry.name] for entry in fields(kind) if entry.name in item}
+        if kind is Mask:
+            given["counts"] = tuple(given["counts"])
+        elif kind is Points:
+            given["xy"] = tuple((x, y) for x, y in given["xy"])
+        found.append(kind(**given))
+    return tuple(found)
