@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from crab_edge.errors import CrabError, InputError
 
+_ASKED = ("sha256", "bundle", "task", "question", "grammar", "stride_s", "max_new_tokens")
 _LONGEST_STEM = 80
 _PREFIX, _SUFFIX = ".crab-edge-", ".part"
 _FORBIDDEN = frozenset('<>:"/\\|?*%')
@@ -25,7 +26,7 @@ def file_name(row: Mapping[str, Any], suffix: str) -> str:
     The stem is that of the first medium, without what file systems and shells trip over.
     """
     media = row.get("media") or ["clip"]
-    known = [row.get(name) for name in ("sha256", "bundle", "task", "question", "grammar")]
+    known = [row.get(name) for name in _ASKED]
     if known[0] is None:
         known[0] = media
     digest = hashlib.sha256(json.dumps(known, default=str).encode("utf-8", "backslashreplace")).hexdigest()
