@@ -125,7 +125,7 @@ class CrewProducer:
                             else:
                                 for row in item.rows(item.error):
                                     yield row, None
-                if fruitless > ATTEMPTS * self.size:
+                if fruitless > 2 * ATTEMPTS * self.size:
                     raise EngineError(
                         f"{fruitless} workers died in a row and none answered; the last: {news.reason}"
                     )

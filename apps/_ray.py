@@ -46,7 +46,7 @@ def connect(
         raise DependencyError(
             f"--ray needs Ray, which can't be imported ({error}); run `pip install 'crab-edge[ray]'`"
         ) from error
-    options = dict(log_to_driver=False, logging_level="ERROR", configure_logging=True)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == LOCAL:
         # No reports to Ray's makers, no dashboard: nothing leaves this machine.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -62,13 +62,18 @@ def connect(
         raise EngineError(
             "this process is connected to a Ray cluster already; run analyze in its own process"
         )
-    try:
-        ray.init(**options)
-    except Exception as error:
-        raise EngineError(
-            f"--ray {address}: no Ray cluster can be reached ({_one_line(error)}); "
-            "start one with `ray start --head`, or use --ray local"
-        ) from error
+    # On a busy machine a local cluster may not come up within the time that Ray gives itself.
+    for tries_left in (1, 0) if address == LOCAL else (0,):
+        try:
+            ray.init(**options)
+            break
+        except Exception as error:
+            ray.shutdown()
+            if not tries_left:
+                raise EngineError(
+                    f"--ray {address}: no Ray cluster can be reached ({_one_line(error)}); "
+                    "start one with `ray start --head`, or use --ray local"
+                ) from error
     crew = RayCrew(bundle, engine, threads, grammar)
     try:
         size = workers or crew.room()

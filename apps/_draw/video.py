@@ -94,6 +94,8 @@ class _Reader:
         # Ticks of the pictures written.
         self.base = max(Fraction(video.time_base), _FINEST)
         self.quarter_turns = 0
+        self.lasts = 0
+        """Ticks that the picture given last is on show, 0 if the file doesn't say."""
         self._last = -1
 
     def __iter__(self) -> Iterator[tuple[int, Picture] | Any]:
@@ -108,6 +110,7 @@ class _Reader:
                     ticks = self._ticks(frame)
                     if ticks > self._last:
                         self._last = ticks
+                        self.lasts = round((frame.duration or 0) * Fraction(frame.time_base) / self.base)
                         yield ticks, self._picture(frame)
 
     def _ticks(self, frame: Any) -> int:
@@ -145,6 +148,7 @@ class _Writer:
         self._video: Any = None
         self._audio: Any = None
         self._copied = False
+        self._lasts: dict[int, int] = {}
         with _writing(out):
             self._file = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
 
@@ -161,7 +165,7 @@ class _Writer:
             return
         with _writing(self._out):
             if self._video is not None:
-                self._file.mux(self._video.encode(None))
+                self._mux(None)
             if self._audio is not None and not self._copied:
                 self._file.mux(self._audio.encode(None))
             self._file.close()
@@ -175,11 +179,18 @@ class _Writer:
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace=_BT709)
         frame.pts, frame.time_base = ticks, self._reader.base
+        self._lasts[ticks] = self._reader.lasts
         with _writing(self._out):
-            self._file.mux(self._video.encode(frame))
+            self._mux(frame)
         waiting, self._waiting = self._waiting, []
         for packet in waiting:
             self.sound(packet)
+
+    def _mux(self, frame: Any) -> None:
+        for packet in self._video.encode(frame):
+            # The encoder forgets how long a picture lasts; of the last one it makes a difference.
+            packet.duration = self._lasts.pop(packet.pts, 0)
+            self._file.mux(packet)
 
     def sound(self, packet: Any) -> None:
         """Takes one packet of the sound; those before the first picture wait for it to open the file."""
