@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crab_edge_apps._bench_clips import write_clips
+from crab_edge_apps._bench_clips import SECONDS, write_clips
 
 from crab_edge.errors import CrabError, EngineError
 
@@ -33,6 +33,7 @@ QUESTION = "How many sounds are heard?"
 BARS = {2: 1.6, 5: 2.5}
 MEMORY_BAR_BYTES = 300_000_000
 STEPS = ("decode_s", "features_s", "encode_s", "prefill_s", "generate_s")
+MAX_NEW_TOKENS = 512
 _CHUNK = 10
 """Clips a turn: decoding ahead works within one."""
 
@@ -88,10 +89,11 @@ def measure(
         result = {
             "clips": clips,
             "threads": threads,
-            "seconds_per_clip": 10.0,
+            "seconds_per_clip": SECONDS,
             **_times(paths, bundle, threads, steps),
         }
         command = ["--task", ",".join(FIVE), "--question", QUESTION, "--threads", str(threads)]
+        command += ["--max-tokens", str(MAX_NEW_TOKENS)]
         command += ["--bundle", str(bundle)] if bundle else []
         one = _analyze([paths[0]], folder / "one", command)
         steps.step()
@@ -156,7 +158,7 @@ def _naive(model: Model, paths: Sequence[Path], into: dict[str, Naive], step: Ca
             started = time.perf_counter()
             # A new Model on the loaded engine remembers nothing of the clip before.
             session = Model(model.bundle, model.engine).open(path)
-            (answer,) = session.ask_all([name], QUESTION)
+            (answer,) = session.ask_all([name], QUESTION, max_new_tokens=MAX_NEW_TOKENS)
             session.clip.close()
             naive.count(answer, time.perf_counter() - started)
         step()
@@ -167,7 +169,9 @@ def _batch(model: Model, paths: Sequence[Path], into: Shared) -> None:
 
     started = time.perf_counter()
     # A new Model on the loaded engine, here as well: nothing is left of an earlier turn.
-    for row in Model(model.bundle, model.engine).analyze(paths, into.tasks, question=QUESTION):
+    for row in Model(model.bundle, model.engine).analyze(
+        paths, into.tasks, question=QUESTION, max_new_tokens=MAX_NEW_TOKENS
+    ):
         if row.answer is None:
             raise EngineError(f"{row.media[0]}, {row.task}: {row.error}")
         into.count(row.answer)

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 PACKAGED = "assets/sample.mp4"
+SECONDS = 10.0
+"""Length of a clip, at most that of the packaged one."""
 
 
 def write_clips(folder: Path, count: int, advance: Callable[[], None] = lambda: None) -> list[Path]:
@@ -33,7 +35,7 @@ def write_clips(folder: Path, count: int, advance: Callable[[], None] = lambda: 
             for frame in container.decode(audio=0)
             for piece in resampler.resample(frame)
         ]
-    wave = np.concatenate(blocks)
+    frames, wave = frames[: round(SECONDS * rate)], np.concatenate(blocks)[: round(SECONDS * sound_rate)]
     paths = []
     for number in range(count):
         share = number / count
