@@ -44,7 +44,7 @@ def safe(name: str) -> str:
     """A name made fit for any file system, at most 80 bytes of UTF-8."""
     kept = "".join(c if c.isprintable() and c not in _FORBIDDEN else "_" for c in name)
     kept = kept.encode("utf-8", "replace")[:_LONGEST_STEM].decode("utf-8", "ignore")
-    return kept.lstrip(".-~ ").rstrip(". ") or "_"
+    return kept.lstrip(".-~=+@ ").rstrip(". ") or "_"
 
 
 def ready(folder: Path) -> None:

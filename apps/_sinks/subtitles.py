@@ -1,4 +1,4 @@
-"""Events as subtitles, SRT or WebVTT: one cue an event, one file a row."""
+"""Events as subtitles, SRT or WebVTT: a cue for each label and time, a file for each row."""
 
 from __future__ import annotations
 
@@ -36,15 +36,19 @@ def to_vtt(events: Iterable[Any]) -> str:
 
 
 def _cues(events: Iterable[Any], point: str) -> list[tuple[str, str, str]]:
-    found = []
+    """(start, end, text) in order of time; what is seen and heard at the same time is one cue."""
+    found: dict[tuple[int, int, str], set[str]] = {}
     for event in events:
         given = event if isinstance(event, Mapping) else vars(event)
         if "start_s" in given:
             start = max(0, round(1000 * given["start_s"]))
             end = max(start + _SHORTEST_MS, round(1000 * given["end_s"]))
             label = printable(" ".join(str(given["label"]).split()), keep="") or "(unnamed)"
-            found.append((start, end, label + _PERCEIVED.get(given["modality"], "")))
-    return [(_clock(start, point), _clock(end, point), text) for start, end, text in sorted(found)]
+            found.setdefault((start, end, label), set()).update(given["modality"].split("-"))
+    return [
+        (_clock(start, point), _clock(end, point), label + (_PERCEIVED[ways.pop()] if len(ways) == 1 else ""))
+        for (start, end, label), ways in sorted(found.items())
+    ]
 
 
 def _clock(milliseconds: int, point: str) -> str:

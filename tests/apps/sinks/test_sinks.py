@@ -84,6 +84,8 @@ def test_subtitles():
         "3\n00:00:04,000 --> 00:00:05,000\ncat (seen)\n\n"
     )
     assert to_vtt(events[1:2]) == "WEBVTT\n\n00:00:00.000 --> 00:00:02.500\ndog &amp; co\n\n"
+    twice = [Event("dog", 1, 2, way) for way in ("visual", "audio", "visual")]
+    assert to_srt(twice) == "1\n00:00:01,000 --> 00:00:02,000\ndog\n\n"
     assert "01:01:01,000" in to_srt([EVENT]) and to_srt([]) == "" and to_vtt([]) == "WEBVTT\n\n"
 
 
