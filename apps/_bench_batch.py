@@ -234,24 +234,24 @@ def _analyze(media: Sequence[Path], out: Path, command: Sequence[str]) -> int:
 def _killed(media: Sequence[Path], out: Path, command: Sequence[str], after: int) -> int:
     """Starts `analyze`, kills it without warning at `after` rows, and returns how many were there."""
     rows = out / "rows.jsonl"
-    with subprocess.Popen(
+    child = subprocess.Popen(
         _worker(media, out, command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as child:
-        try:
-            while child.poll() is None and _lines(rows) < after:
-                time.sleep(0.05)
-        finally:
-            child.send_signal(signal.SIGKILL)
+    )
+    try:
+        found = read = 0
+        while child.poll() is None and found < after:
+            time.sleep(0.005)
+            if rows.exists():
+                with rows.open("rb") as file:
+                    file.seek(read)
+                    new = file.read()
+                found, read = found + new.count(b"\n"), read + len(new)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
     if child.returncode != -signal.SIGKILL:
         raise CrabError(f"analyze ended with exit code {child.returncode} before it could be killed")
-    return _lines(rows)
-
-
-def _lines(path: Path) -> int:
-    try:
-        return path.read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0
+    return rows.read_bytes().count(b"\n")
 
 
 def _answers(out: Path) -> list[tuple[Any, ...]]:
