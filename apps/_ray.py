@@ -23,6 +23,7 @@ _THREADS = 4
 """A worker's, unless told; small models gain nothing from more."""
 _OBJECTS_BYTES = 100_000_000
 _FIRST_WORKER_S = 300.0
+_KNOCK_S = 10.0
 
 
 def connect(
@@ -58,6 +59,7 @@ def connect(
         }
     else:
         options["address"] = address
+        _knock(address)
     if ray.is_initialized():
         raise EngineError(
             "this process is connected to a Ray cluster already; run analyze in its own process"
@@ -70,10 +72,7 @@ def connect(
         except Exception as error:
             ray.shutdown()
             if not tries_left:
-                raise EngineError(
-                    f"--ray {address}: no Ray cluster can be reached ({_one_line(error)}); "
-                    "start one with `ray start --head`, or use --ray local"
-                ) from error
+                raise _unreachable(address, error) from error
     crew = RayCrew(bundle, engine, threads, grammar)
     try:
         size = workers or crew.room()
@@ -89,6 +88,24 @@ def connect(
         crew.close()
         raise
     return producer
+
+
+def _knock(address: str) -> None:
+    """EngineError where nobody listens: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not (host and port.isdigit()):
+        return  # "auto" and the like, which Ray resolves
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> EngineError:
+    return EngineError(
+        f"--ray {address}: no Ray cluster can be reached ({_one_line(error)}); "
+        "start one with `ray start --head`, or use --ray local"
+    )
 
 
 class Worker:

@@ -8,7 +8,7 @@ import sys
 import pytest
 from crab_edge_apps import _ray
 
-from crab_edge.errors import DependencyError
+from crab_edge.errors import DependencyError, EngineError
 from tests import media
 from tests.shared_bundle import shared_tiny_bundle
 
@@ -83,3 +83,10 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DependencyError, match=r"crab-edge\[ray\]"):
         _ray.connect("local", bundle=None, engine="auto", threads=1)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_an_address_where_nobody_listens_is_refused_at_once(address):
+    pytest.importorskip("ray")
+    with pytest.raises(EngineError, match=f"--ray {address}: no Ray cluster can be reached"):
+        _ray.connect(address, bundle=None, engine="auto", threads=1)
