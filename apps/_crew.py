@@ -143,7 +143,7 @@ class CrewProducer:
 
     def _hand_out(self, feed: _Feed, again: deque[Item], request: Request) -> list[Item]:
         """Gives idle workers work; returns the items that need none, since they can't be read."""
-        failed = []
+        failed: list[Item] = []
         for worker in list(self.idle):
             items = [again.popleft()] if again else []
             while not (items and items[0].attempts) and len(items) < CLIPS_AT_ONCE:

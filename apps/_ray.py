@@ -160,7 +160,8 @@ class RayCrew:
         where = None if bundle is None else Path(bundle).absolute()
         self._load = (where, engine, self.threads, grammar)
         # Two calls at a time: an answer, and `halt` meanwhile.
-        self._class = ray.remote(num_cpus=self.threads, max_restarts=0, max_concurrency=2)(Worker)
+        actors: Any = ray.remote
+        self._class = actors(num_cpus=self.threads, max_restarts=0, max_concurrency=2)(Worker)
         self._actors: dict[str, Any] = {}
         self._loading: dict[Any, str] = {}
         self._answering: dict[Any, str] = {}

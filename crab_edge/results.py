@@ -147,9 +147,10 @@ def results_from_json(items: Iterable[Mapping[str, Any]]) -> tuple[Result, ...]:
     for item in items:
         kind = kinds[item["type"]]
         given = {entry.name: item[entry.name] for entry in fields(kind) if entry.name in item}
-        if kind is Mask:
-            given["counts"] = tuple(given["counts"])
-        elif kind is Points:
+        for name, value in given.items():
+            if isinstance(value, list):
+                given[name] = tuple(value)
+        if kind is Points:
             given["xy"] = tuple((x, y) for x, y in given["xy"])
         found.append(kind(**given))
     return tuple(found)

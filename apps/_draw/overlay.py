@@ -262,9 +262,13 @@ class Overlay:
             pen.rectangle(inner, outline=(*self._colour(box.label), 255), width=line)
         # Its four sides alone: what is between them would only cost time and memory.
         wide = min(line + 2 * rim, *size)
-        sides = ((0, 0, size[0], wide), (0, size[1] - wide, *size))
         between = (wide, max(wide, size[1] - wide))
-        sides += ((0, between[0], wide, between[1]), (size[0] - wide, between[0], size[0], between[1]))
+        sides = (
+            (0, 0, size[0], wide),
+            (0, size[1] - wide, size[0], size[1]),
+            (0, between[0], wide, between[1]),
+            (size[0] - wide, between[0], size[0], between[1]),
+        )
         for side in sides:
             if side[0] < side[2] and side[1] < side[3]:
                 self._put(sprites, picture.crop(side), left - rim + side[0], top - rim + side[1])

@@ -150,7 +150,7 @@ class _Writer:
         self._copied = False
         self._lasts: dict[int, int] = {}
         with _writing(out):
-            self._file = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+            self._file: Any = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
 
     def __enter__(self) -> _Writer:
         return self

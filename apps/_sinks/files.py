@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from crab_edge.errors import CrabError, InputError
+from crab_edge.rows import ASKED
 
-_ASKED = ("sha256", "bundle", "task", "question", "grammar", "stride_s", "max_new_tokens")
 _LONGEST_STEM = 80
 _PREFIX, _SUFFIX = ".crab-edge-", ".part"
 _FORBIDDEN = frozenset('<>:"/\\|?*%')
@@ -26,18 +25,11 @@ def file_name(row: Mapping[str, Any], suffix: str) -> str:
     The stem is that of the first medium, without what file systems and shells trip over.
     """
     media = row.get("media") or ["clip"]
-    known = [row.get(name) for name in _ASKED]
+    known = [row.get(name) for name in ("sha256", *ASKED)]
     if known[0] is None:
         known[0] = media
     digest = hashlib.sha256(json.dumps(known, default=str).encode("utf-8", "backslashreplace")).hexdigest()
     return f"{safe(Path(str(media[0])).stem)}.{digest[:8]}.{safe(str(row.get('task') or 'task'))}{suffix}"
-
-
-def true_paths(row: Mapping[str, Any]) -> list[Path]:
-    """The paths of a row's files, names that aren't UTF-8 included."""
-    if "media_base64" in row:
-        return [Path(os.fsdecode(base64.b64decode(text))) for text in row["media_base64"]]
-    return [Path(text) for text in row["media"]]
 
 
 def safe(name: str) -> str:

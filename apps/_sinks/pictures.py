@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crab_edge_apps._sinks.files import file_name, ready, replaced, true_paths
+from crab_edge_apps._sinks.files import file_name, ready, replaced
 
 from crab_edge.errors import InputError, MediaError
+from crab_edge.rows import media_paths
 
 if TYPE_CHECKING:
     from crab_edge.clip import Clip
@@ -50,7 +51,7 @@ class PictureSink:
         from crab_edge.bundle import file_sha256
         from crab_edge.clip import Clip
 
-        media = true_paths(row)
+        media = media_paths(row)
         clip = Clip.open(media, max_minutes=None)
         if len(media) == 1 and file_sha256(media[0]) != row.get("sha256"):
             clip.close()
