@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from crab_edge.rows import Row, RowError
-
 from crab_edge.batch import Request, Skip, identify
 from crab_edge.errors import CrabError, EngineError
+from crab_edge.rows import Row, RowError
 
 if TYPE_CHECKING:
     from crab_edge.clip import Clip

@@ -12,11 +12,11 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from crab_edge.rows import Row
 from crab_edge_apps._crew import CrewProducer, News
 
 from crab_edge.batch import LocalProducer, Request
 from crab_edge.errors import BundleError, CrabError, DependencyError, EngineError
+from crab_edge.rows import Row
 
 LOCAL = "local"
 _THREADS = 4

@@ -5,11 +5,11 @@ from collections import deque
 from pathlib import Path
 
 import pytest
-from crab_edge.rows import Row
 from crab_edge_apps._crew import ATTEMPTS, CLIPS_AT_ONCE, CrewProducer, News
 
 from crab_edge.batch import Request
 from crab_edge.errors import CrabError, EngineError
+from crab_edge.rows import Row
 
 REQUEST = Request(("ave", "avcap"))
 
