@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from crab_edge_apps import _bench_ask, bench
+from crab_edge_apps import _bench_ask
 from crab_edge_apps._bench_decoder import (
     DecoderShape,
     RandomLinears,
@@ -41,17 +41,6 @@ def test_every_layer_has_its_own_bytes():
     writer = type("Writer", (), {"precision": type("P", (), {"block": 32})})()
     first, second = (make(writer, f"layers.{i}.mlp.up_proj", np.empty((128, 64)), 4, None) for i in (0, 1))
     assert not np.array_equal(first.q, second.q)
-
-
-def test_rows_compare_with_the_base_of_the_same_run():
-    result = bench.measure(
-        SMALL, ["plane4"], block=32, accuracy_level=4, rounds=1, steps=2, context=8, prefill=5, threads=1
-    )
-    base, adapted = result["rows"]
-    assert base["variant"] == bench.BASE and base["decode_time_ratio"] == base["byte_ratio"] == 1.0
-    assert adapted["weight_bytes"] > base["weight_bytes"] and adapted["nodes"] > base["nodes"]
-    assert adapted["byte_ratio"] == adapted["weight_bytes"] / base["weight_bytes"]
-    assert result["problems"] == [] and result["read_gigabytes_per_s"] > 0
 
 
 def test_ask_is_timed_in_its_own_process(tmp_path):
