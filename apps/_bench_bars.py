@@ -24,7 +24,9 @@ def bars(rows: Sequence[dict[str, Any]], *, block: int) -> list[dict[str, Any]]:
 
     named = {row["variant"]: row for row in rows}
     base = named[BASE]
-    ours = [row for row in rows if row.get("runtime") == "onnxruntime" and row["variant"] not in (BASE, BUNDLE)]
+    ours = [
+        row for row in rows if row.get("runtime") == "onnxruntime" and row["variant"] not in (BASE, BUNDLE)
+    ]
     found = []
     for row in ours:
         found.append(
@@ -53,9 +55,7 @@ def bars(rows: Sequence[dict[str, Any]], *, block: int) -> list[dict[str, Any]]:
             )
     if ours and TORCH in named:
         values = _ratios(named[TORCH], ours[0], "decode_s")
-        found.append(
-            _bar("decode speed against torch bf16", ours[0], values, TORCH_DECODE, at_least=True)
-        )
+        found.append(_bar("decode speed against torch bf16", ours[0], values, TORCH_DECODE, at_least=True))
     return found
 
 

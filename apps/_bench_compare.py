@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from crab_edge_apps import _bench_decoder as graphs
 from crab_edge_apps._bench_memory import available_bytes, fresh_read_bandwidth, machine
 
-from crab_edge.errors import EngineError, InputError
+from crab_edge.errors import DependencyError, EngineError, InputError
 
 if TYPE_CHECKING:
     from crab_edge_apps._bench_bundle import BundleDecoder
@@ -89,12 +89,14 @@ def measure(
     from crab_edge_apps._bench_bars import bars
 
     skipped: dict[str, str] = {}
+    others = _installed(settings, skipped)
+    host = machine(settings.threads)
     with tempfile.TemporaryDirectory(prefix="crab-edge-bench-") as folder:
         progress("writing graphs", 0, 1)
         contenders = _decoders(shape, forms, settings, Path(folder))
         if bundle is not None:
             contenders.append(_onnx(BUNDLE, bundle.graph, settings, {"bundle": bundle.identity}))
-        contenders += _others(shape, contenders, settings, Path(folder), skipped)
+        contenders += _others(others, shape, contenders, settings, Path(folder), skipped)
         of, done = settings.rounds * len(contenders), 0
         bandwidths = []
         for turn in range(settings.rounds):
@@ -110,7 +112,7 @@ def measure(
         "shape": shape.name,
         "sizes": asdict(shape),
         **{name: value for name, value in asdict(settings).items() if name != "against"},
-        "machine": machine(settings.threads),
+        "machine": host,
         "read_gigabytes_per_s": max(bandwidths) / 1e9,
         "read_gigabytes_per_s_spread": [min(bandwidths) / 1e9, max(bandwidths) / 1e9],
         "rows": rows,
@@ -184,27 +186,35 @@ def _need_room(folder: Path, size: int) -> None:
         )
 
 
+def _installed(settings: Settings, skipped: dict[str, str]) -> list[str]:
+    """The other runtimes that take part. One that is asked for but absent is an error, else it is skipped."""
+    found = []
+    for name, packages in OTHERS.items():
+        if settings.against is not None and name not in settings.against:
+            continue
+        absent = [package for package in packages if importlib.util.find_spec(package) is None]
+        if absent and settings.against is not None:
+            raise DependencyError(
+                f"--against {name}: needs {absent[0]}, which isn't installed; "
+                f"run `pip install 'crab-edge[{'bench' if name == 'llama' else 'train'}]'`"
+            )
+        if absent:
+            skipped[name] = f"{absent[0]} isn't installed"
+        else:
+            found.append(name)
+    return found
+
+
 def _others(
+    names: Sequence[str],
     shape: graphs.DecoderShape,
     ours: Sequence[Contender],
     settings: Settings,
     folder: Path,
     skipped: dict[str, str],
 ) -> list[Contender]:
-    """The other runtimes. One that is asked for but not installed is an error, else it is left out."""
-    made = []
-    for name, packages in OTHERS.items():
-        if settings.against is not None and name not in settings.against:
-            continue
-        absent = [package for package in packages if importlib.util.find_spec(package) is None]
-        if absent and settings.against is not None:
-            raise InputError(
-                f"--against {name}: needs {absent[0]}, which isn't installed; "
-                f"run `pip install 'crab-edge[{'bench' if name == 'llama' else 'train'}]'`"
-            )
-        if absent:
-            skipped[name] = f"{absent[0]} isn't installed"
-            continue
+    made: list[Contender] = []
+    for name in names:
         made += (_torch if name == "torch" else _llama)(shape, ours, settings, folder, skipped)
     return made
 

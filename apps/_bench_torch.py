@@ -47,9 +47,7 @@ def main() -> None:
     embeds = torch.randn(1, max(prefill, context), shape.hidden).to(torch.bfloat16)
     with torch.inference_mode():
         chunk(context)
-        report(
-            lambda past: run(1, past), chunk, context=context, steps=steps, prefill=prefill, before=before
-        )
+        report(lambda past: run(1, past), chunk, context=context, steps=steps, prefill=prefill, before=before)
 
 
 def build(shape: Any, dtype: Any) -> tuple[Any, Any]:

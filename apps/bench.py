@@ -32,7 +32,7 @@ def command(
         list[str] | None,
         typer.Option(
             help="How experts are stored: auto, residual4x2, plane4, unfolded8; the first is the one that "
-            "others are compared with. Default: all that the shape allows, of a bundle and of 3b and 7b its own."
+            "others are compared with. Default: all that the shape allows, for 3b, 7b and a bundle its own."
         ),
     ] = None,
     block: Annotated[int, typer.Option(help="Weights per scale.")] = 32,

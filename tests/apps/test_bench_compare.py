@@ -148,7 +148,7 @@ def test_bad_input():
     with pytest.raises(InputError, match="none alone"):
         bench._runtimes(["none", "torch"])
     assert bench._runtimes(["none"]) == () and bench._runtimes(None) is None
-    with pytest.raises(CheckError, match="plane4: decode time over the ratio of bytes 1.200, bar 1.06"):
+    with pytest.raises(CheckError, match=r"plane4: decode time over the ratio of bytes 1\.200, bar 1\.06"):
         bench._check(
             [
                 {
