@@ -17,7 +17,7 @@ from crab_edge_calibration import QuantisationReport
 from crab_edge_export.decoder import DecoderExporter, decoder_widths
 from crab_edge_export.graph import GraphBuilder
 from crab_edge_export.linear import LinearWriter
-from crab_edge_export.precision import choose
+from crab_edge_export.precision import KVType, Precision, choose
 from crab_edge_export.weights import Adapter, Linear
 from numpy.typing import NDArray
 
@@ -38,6 +38,27 @@ class DecoderShape:
     vocab: int
     rank: int
     experts: int = 3
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of a layer's seven linears, in the layer's order."""
+        inner, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (inner, self.hidden),
+            "k_proj": (kv, self.hidden),
+            "v_proj": (kv, self.hidden),
+            "o_proj": (self.hidden, inner),
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+        }
+
+    def parameters(self) -> int:
+        """Parameters that a decode step reads: linears, biases, norms, adapters and the head."""
+        linears = self.linears().values()
+        bias = (self.heads + 2 * self.kv_heads) * self.head_dim
+        adapters = sum(self.rank * (k + self.experts * n) + self.experts * k for n, k in linears)
+        layer = sum(n * k for n, k in linears) + bias + 2 * self.hidden + (adapters if self.rank else 0)
+        return self.layers * layer + self.hidden + self.vocab * self.hidden
 
     def config(self) -> Any:
         """What the exporter reads of transformers' text config."""
@@ -68,6 +89,9 @@ SHAPES = {
         # Small vocabulary on purpose: a large head would hide the adapters' share of the bytes.
         DecoderShape("0.5b", 896, 4864, 24, 14, 2, 64, 4096, 32),
         DecoderShape("1.5b", 1536, 8960, 28, 12, 2, 128, 4096, 64),
+        # The decoders of Qwen2.5-Omni, with Crab+'s rank.
+        DecoderShape("3b", 2048, 11008, 36, 16, 2, 128, 4096, 128),
+        DecoderShape("7b", 3584, 18944, 28, 28, 4, 128, 4096, 128),
     )
 }
 
@@ -89,17 +113,7 @@ class RandomWeights:
         """The linear at `path`: a shape to quantise, a random bias where Qwen2 has one."""
         s = self.shape
         kind = path.rsplit(".", 1)[-1]
-        inner, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
-        n, k = {
-            "q_proj": (inner, s.hidden),
-            "k_proj": (kv, s.hidden),
-            "v_proj": (kv, s.hidden),
-            "o_proj": (s.hidden, inner),
-            "gate_proj": (s.intermediate, s.hidden),
-            "up_proj": (s.intermediate, s.hidden),
-            "down_proj": (s.hidden, s.intermediate),
-            "lm_head": (s.vocab, s.hidden),
-        }[kind]
+        n, k = {**s.linears(), "lm_head": (s.vocab, s.hidden)}[kind]
         bias = _rng(path).normal(0, 0.02, n).astype(np.float32) if kind[:2] in ("q_", "k_", "v_") else None
         adapter = None
         if self.adapters and kind != "lm_head":
@@ -110,8 +124,8 @@ class RandomWeights:
 class RandomLinears(LinearWriter):
     """Writes random codes and scales instead of rounding weights."""
 
-    def _quantise(self, name: str, weight: Any, bits: int, energy: Any) -> QTensor:
-        return _random_tensor(name, weight.shape, bits, self.precision.block)
+    def _quantise(self, name: str, weight: Any, bits: int, moment: Any, block: int | None = None) -> QTensor:
+        return _random_tensor(name, weight.shape, bits, block or self.precision.block)
 
     def _planes(self, name: str, up: Any, count: int) -> list[QTensor]:
         bits, block = self.precision.bits, self.precision.block
@@ -119,15 +133,54 @@ class RandomLinears(LinearWriter):
 
 
 def write_decoder(
-    shape: DecoderShape, path: Path, *, adapters: bool, experts: str, block: int, accuracy_level: int
+    shape: DecoderShape,
+    path: Path,
+    *,
+    adapters: bool,
+    experts: str,
+    block: int,
+    accuracy_level: int,
+    bits: int = 4,
+    kv_dtype: KVType = "float32",
 ) -> None:
-    """One random 4-bit decoder graph at `path`, weights beside it."""
-    widths = decoder_widths(shape.config(), shape.rank * shape.experts) if adapters else []
-    precision = choose(4, widths, block=block, accuracy_level=accuracy_level, experts=experts)
+    """One random low-bit decoder graph at `path`, weights beside it.
+
+    experts: as in the exporter, "auto" included. Raises InputError for what the shape doesn't allow.
+    """
+    precision = precision_of(
+        shape,
+        experts if adapters else "auto",
+        block=block,
+        accuracy_level=accuracy_level,
+        bits=bits,
+        kv_dtype=kv_dtype,
+    )
     builder = GraphBuilder("decoder", path.with_suffix(".data"))
     writer = RandomLinears(builder, precision, QuantisationReport())
     DecoderExporter(builder, writer, RandomWeights(shape, adapters), shape.config(), precision).write()
     builder.save(path)
+
+
+def precision_of(
+    shape: DecoderShape,
+    experts: str,
+    *,
+    block: int,
+    accuracy_level: int = 4,
+    bits: int = 4,
+    kv_dtype: KVType = "float32",
+) -> Precision:
+    """The exporter's precision for this shape; InputError when `experts` can't be stored that way."""
+    # A single plane stands last in the joined weight, so it may end inside a block.
+    ranks = 0 if experts == "plane4" else shape.rank * shape.experts
+    return choose(
+        bits,
+        decoder_widths(shape.config(), ranks),
+        block=block,
+        accuracy_level=accuracy_level,
+        experts=experts,
+        kv_dtype=kv_dtype,
+    )
 
 
 def weight_bytes(path: Path) -> int:

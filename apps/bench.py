@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-BASE = "no adapters"
-# A decode step can't read weights faster than memory delivers; a faster one means that layers shared bytes.
-_BANDWIDTH_TOLERANCE = 1.15
-# Smaller graphs live in the caches, where the machine's memory bandwidth bounds nothing.
-_CACHE_BYTES = 100_000_000
+if TYPE_CHECKING:
+    from crab_edge_apps._bench_compare import Settings
 
 
 def command(
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[BUNDLE]",
+            help="Compare this bundle's decoder, and random ones of its shape and recipe.",
+        ),
+    ] = None,
     shape: Annotated[
-        list[str] | None, typer.Option("--shape", "-s", help="Decoder shapes: nano, 0.5b, 1.5b.")
+        list[str] | None,
+        typer.Option(
+            "--shape", "-s", help="Random decoders: nano, 0.5b, 1.5b, 3b, 7b. Default: nano and 0.5b."
+        ),
     ] = None,
     experts: Annotated[
         list[str] | None,
-        typer.Option(help="How experts are stored: residual4x2, plane4, unfolded8. Default: all."),
+        typer.Option(
+            help="How experts are stored: auto, residual4x2, plane4, unfolded8; the first is the one that "
+            "others are compared with. Default: all that the shape allows, for 3b, 7b and a bundle its own."
+        ),
     ] = None,
     block: Annotated[int, typer.Option(help="Weights per scale.")] = 32,
     accuracy_level: Annotated[int, typer.Option(help="4: int8 activations, 0: float32.")] = 4,
@@ -58,8 +63,16 @@ def command(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the tables.")] = False,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Other runtimes beside ours: torch, llama (llama-cpp-python) or none. "
+            "Default: those that are installed."
+        ),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 3 when a bar is missed.")] = False,
 ) -> None:
-    """Time random decoders with I-LoRA against the same graph without it and against the ratio of bytes."""
+    """Time decoders with I-LoRA against the same graph without it, the ratio of bytes and other runtimes."""
     from crab_edge.errors import CrabError, DependencyError, InputError
 
     threads = threads or len(os.sched_getaffinity(0))
@@ -82,34 +95,32 @@ def command(
             f"bench writes its graphs with the exporter, which needs {error.name}; "
             'install it with: pip install "crab-edge[export,cpu]"'
         ) from None
-    names = shape or ["nano", "0.5b"]
+    from crab_edge_apps._bench_compare import Settings
+
+    names = shape or ([] if target else ["nano", "0.5b"])
     unknown = [name for name in names if name not in SHAPES]
     if unknown:
         raise InputError(f"--shape {unknown[0]}: expected one of {', '.join(SHAPES)}")
-    results = []
-    for name in names:
-        variants = experts or ["residual4x2", "plane4", "unfolded8"]
-        results.append(
-            measure(
-                SHAPES[name],
-                variants,
-                block=block,
-                accuracy_level=accuracy_level,
-                rounds=rounds,
-                steps=steps,
-                context=context,
-                prefill=prefill,
-                threads=threads,
-            )
-        )
-        if not as_json:
-            _print(results[-1])
-    results += _grammar(bundle, as_json)
+    settings = Settings(
+        block=block,
+        accuracy_level=accuracy_level,
+        rounds=rounds,
+        steps=steps,
+        context=context,
+        prefill=prefill,
+        threads=threads,
+        against=_runtimes(against),
+    )
+    results = [_compare(target, experts or [], settings, as_json)] if target else []
+    results += [_compare(SHAPES[name], experts or [], settings, as_json) for name in names]
+    missed = [bar for result in results for bar in result["bars"] if bar["met"] is False]
+    results += [] if target or shape else _grammar(bundle, as_json)
     if as_json:
         print(json.dumps(results))
     for result in results:
         if result.get("problems"):
             raise CrabError(f"bench {result['shape']}: {'; '.join(result['problems'])}")
+    _check(missed if check else [])
 
 
 def _batch(clips: int, bundle: Path | None, threads: int, as_json: bool) -> None:
@@ -153,169 +164,57 @@ def _grammar(bundle: Path | None, as_json: bool) -> list[dict[str, Any]]:
     return [{"grammar": result}]
 
 
-def measure(
-    shape: Any,
-    variants: list[str],
-    *,
-    block: int,
-    accuracy_level: int,
-    rounds: int,
-    steps: int,
-    context: int,
-    prefill: int,
-    threads: int,
-) -> dict[str, Any]:
-    """All variants of one shape, interleaved, each run in its own process.
-
-    Returns `rows` (variant, bytes per token, nodes, tokens/s, time and bytes against the base) and
-    `problems`: what makes the figures untrustworthy, empty when nothing does.
-    """
-    from crab_edge_apps import _bench_decoder as graphs
+def _compare(what: Any, experts: list[str], settings: Settings, as_json: bool) -> dict[str, Any]:
+    """One comparison: of a bundle (its path) or of a random decoder (its shape). The table is printed."""
+    from crab_edge_apps import _bench_bars, _bench_bundle, _bench_compare
+    from rich.console import Console
     from rich.progress import Progress
 
-    names = [BASE, *variants]
-    with tempfile.TemporaryDirectory(prefix="crab-edge-bench-") as folder, Progress(transient=True) as bar:
-        task = bar.add_task(f"{shape.name}: writing graphs", total=len(names) * (rounds + 1))
-        paths, bytes_, nodes = {}, {}, {}
-        for name in names:
-            paths[name] = Path(folder) / f"{name.replace(' ', '-')}.onnx"
-            graphs.write_decoder(
-                shape,
-                paths[name],
-                adapters=name != BASE,
-                experts="residual4x2" if name == BASE else name,
-                block=block,
-                accuracy_level=accuracy_level,
-            )
-            bytes_[name] = graphs.weight_bytes(paths[name])
-            nodes[name] = graphs.node_count(paths[name])
-            bar.advance(task)
-        bandwidth = read_bandwidth(threads)
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        bar.update(task, description=f"{shape.name}: timing")
-        for turn in range(rounds):
-            # Every other round goes backwards, so that a drifting machine favours nobody.
-            for name in names if turn % 2 == 0 else names[::-1]:
-                runs[name].append(_worker(paths[name], threads, context, steps, prefill))
-                bar.advance(task)
-    rows, problems = [], []
-    for name in names:
-        decode = statistics.median(run["decode_s"] for run in runs[name])
-        ratio = statistics.median(
-            run["decode_s"] / base["decode_s"] for run, base in zip(runs[name], runs[BASE], strict=True)
+    bundle = None
+    if isinstance(what, Path):
+        bundle = _bench_bundle.open_decoder(what)
+        settings = _bench_compare.of_bundle(bundle, settings)
+        experts = experts or [bundle.recipe.experts]
+        what = bundle.shape
+    elif not experts and what.name in ("3b", "7b"):
+        experts = ["auto"]
+    forms = _bench_compare.possible_forms(what, settings, experts)
+    with Progress(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what.name)
+        result = _bench_compare.measure(
+            what,
+            forms,
+            settings,
+            bundle,
+            lambda doing, done, of: bar.update(
+                task, description=f"{what.name}: {doing}", completed=done, total=of
+            ),
         )
-        first = statistics.median(
-            run["prefill_s"] / base["prefill_s"] for run, base in zip(runs[name], runs[BASE], strict=True)
+    if not as_json:
+        _bench_bars.show(result)
+    return result
+
+
+def _runtimes(against: list[str] | None) -> tuple[str, ...] | None:
+    """`--against` as `Settings` takes it; None = whatever is installed."""
+    from crab_edge_apps._bench_compare import OTHERS
+
+    from crab_edge.errors import InputError
+
+    if against is None:
+        return None
+    unknown = sorted(set(against) - {*OTHERS, "none"})
+    if unknown or ("none" in against and len(set(against)) > 1):
+        raise InputError(
+            f"--against {' '.join(against)}: expected {', '.join(OTHERS)}, any of them, or none alone"
         )
-        speed = bytes_[name] / decode
-        loaded = statistics.median(run["loaded_bytes"] for run in runs[name])
-        rows.append(
-            {
-                "variant": name,
-                "weight_bytes": bytes_[name],
-                "nodes": nodes[name],
-                "decode_tokens_per_s": 1 / decode,
-                "prefill_tokens_per_s": prefill / statistics.median(r["prefill_s"] for r in runs[name]),
-                "decode_time_ratio": ratio,
-                "prefill_time_ratio": first,
-                "byte_ratio": bytes_[name] / bytes_[BASE],
-                "gigabytes_per_s": speed / 1e9,
-                "loaded_bytes": loaded,
-            }
-        )
-        if bytes_[name] > _CACHE_BYTES and speed > _BANDWIDTH_TOLERANCE * bandwidth:
-            problems.append(
-                f"{name} reads {speed / 1e9:.1f} GB/s, more than the machine's {bandwidth / 1e9:.1f}"
-            )
-        if bytes_[name] > _CACHE_BYTES and loaded < 0.9 * bytes_[name]:
-            problems.append(
-                f"{name} loaded {loaded / 1e6:.0f} MB for {bytes_[name] / 1e6:.0f} MB of weights: "
-                "layers share bytes"
-            )
-    return {
-        "shape": shape.name,
-        "block": block,
-        "accuracy_level": accuracy_level,
-        "threads": threads,
-        "context": context,
-        "prefill": prefill,
-        "rounds": rounds,
-        "read_gigabytes_per_s": bandwidth / 1e9,
-        "rows": rows,
-        "problems": problems,
-    }
+    return tuple(name for name in against if name != "none")
 
 
-def read_bandwidth(threads: int, megabytes: int = 512) -> float:
-    """Bytes per second that `threads` cores read from memory: best of a few passes over a large array."""
-    import numpy as np
+def _check(missed: list[dict[str, Any]]) -> None:
+    """CheckError that names the bars in `missed`."""
+    from crab_edge.errors import CheckError
 
-    part = np.ones(megabytes * 1_000_000 // 4 // threads, np.float32)
-    parts = [part.copy() for _ in range(threads)]
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(6):
-            start = time.perf_counter()
-            list(pool.map(np.max, parts))
-            best = max(best, threads * part.nbytes / (time.perf_counter() - start))
-    return best
-
-
-def _worker(path: Path, threads: int, context: int, steps: int, prefill: int) -> dict[str, float]:
-    from crab_edge.errors import EngineError
-
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "crab_edge_apps._bench_worker",
-            str(path),
-            *(str(n) for n in (threads, context, steps, prefill)),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise EngineError(f"{path.name}: the timing process ended with {done.returncode}: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    title = (
-        f"{result['shape']}: w4, block {result['block']}, level {result['accuracy_level']}, "
-        f"{result['threads']} threads, context {result['context']}; "
-        f"medians of {result['rounds']} interleaved rounds"
-    )
-    table = Table(title=title)
-    for column in (
-        "adapters",
-        "MB / token",
-        "nodes",
-        "decode tok/s",
-        "prefill tok/s",
-        "bytes",
-        "decode time",
-        "prefill time",
-        "GB/s",
-    ):
-        table.add_column(column, justify="left" if column == "adapters" else "right")
-    for row in result["rows"]:
-        table.add_row(
-            row["variant"],
-            f"{row['weight_bytes'] / 1e6:.1f}",
-            str(row["nodes"]),
-            f"{row['decode_tokens_per_s']:.1f}",
-            f"{row['prefill_tokens_per_s']:.0f}",
-            f"{row['byte_ratio']:.2f}x",
-            f"{row['decode_time_ratio']:.2f}x",
-            f"{row['prefill_time_ratio']:.2f}x",
-            f"{row['gigabytes_per_s']:.1f}",
-        )
-    console = Console()
-    console.print(table)
-    console.print(f"memory read bandwidth of this machine: {result['read_gigabytes_per_s']:.1f} GB/s")
+    if missed:
+        said = (f"{bar['variant']}: {bar['bar']} {bar['value']:.3f}, bar {bar['limit']:g}" for bar in missed)
+        raise CheckError(f"bench: {'; '.join(said)}")
