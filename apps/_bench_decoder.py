@@ -124,8 +124,8 @@ class RandomWeights:
 class RandomLinears(LinearWriter):
     """Writes random codes and scales instead of rounding weights."""
 
-    def _quantise(self, name: str, weight: Any, bits: int, moment: Any, block: int | None = None) -> QTensor:
-        return _random_tensor(name, weight.shape, bits, block or self.precision.block)
+    def _quantise(self, name: str, weight: Any, bits: int, energy: Any) -> QTensor:
+        return _random_tensor(name, weight.shape, bits, self.precision.block)
 
     def _planes(self, name: str, up: Any, count: int) -> list[QTensor]:
         bits, block = self.precision.bits, self.precision.block

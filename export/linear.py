@@ -21,8 +21,6 @@ from .weights import Adapter, Floats, Linear
 
 Moments = Mapping[str, NDArray[np.float32]]
 Tick = Callable[[], None]
-# Blocks that an adapter's own 8-bit nodes take instead of a smaller one of the recipe.
-_ADAPTER_BLOCKS = (128, 64)
 
 
 class LinearWriter:
@@ -81,9 +79,7 @@ class LinearWriter:
         inputs = [x, *self._operand(node, stacked, self.moments.get(linears[0].path))]
         sizes = {"K": stacked.shape[1], "rank": rank, "experts": experts, "groups": len(adapters)}
         self.graph.append(
-            onnx_functions.route_node(
-                inputs, f"{node}.z", name=node, **sizes, **self._attributes(stacked.shape[1])
-            )
+            onnx_functions.route_node(inputs, f"{node}.z", name=node, **sizes, **self._attributes())
         )
         outs = [f"{linear.path}.z" for linear in linears] if len(linears) > 1 else [f"{node}.z"]
         self.graph.split(f"{node}.z", [experts * rank] * len(linears), outs)
@@ -112,9 +108,7 @@ class LinearWriter:
         node = f"{linear.path}.ilora_experts"
         inputs = [base, z, *self._operand(node, adapter.up, None)]
         n, k = adapter.up.shape
-        self.graph.append(
-            onnx_functions.experts_node(inputs, out, K=k, N=n, name=node, **self._attributes(k))
-        )
+        self.graph.append(onnx_functions.experts_node(inputs, out, K=k, N=n, name=node, **self._attributes()))
 
     def _operand(self, node: str, weight: Floats, moment: NDArray[np.float32] | None) -> list[str]:
         """The weight inputs of one of the operator's nodes; its function bodies join the model."""
@@ -122,29 +116,17 @@ class LinearWriter:
         self.graph.add_functions(onnx_functions.functions(bits))
         if bits == 32:
             return [self.graph.weight(f"{node}.weight", weight)]
-        stored = self._quantise(node, weight, bits, moment, self._adapter_block(weight.shape[1]))
+        stored = self._quantise(node, weight, bits, moment)
         return [
             self.graph.weight(f"{node}.weight", stored.q),
             self.graph.weight(f"{node}.scales", stored.scales),
         ]
 
-    def _attributes(self, k: int) -> dict[str, int]:
+    def _attributes(self) -> dict[str, int]:
         low = self.precision
         if low.adapter_bits == 32:
             return {"bits": 32}
-        block = self._adapter_block(k)
-        return {"bits": low.adapter_bits, "block": block, "accuracy_level": low.accuracy_level}
-
-    def _adapter_block(self, k: int) -> int:
-        """Weights per scale of an adapter's own nodes, k values wide.
-
-        At 8 bits a coarser block costs no accuracy worth naming, fewer bytes and, on ONNX Runtime's CPU, a
-        third to two thirds of the node's time; but never padding that the recipe's block doesn't need.
-        """
-        block = self.precision.block
-        if self.precision.adapter_bits != 8:
-            return block
-        return next((wide for wide in _ADAPTER_BLOCKS if wide > block and k % wide == 0), block)
+        return {"bits": low.adapter_bits, "block": low.block, "accuracy_level": low.accuracy_level}
 
     def _base(self, linear: Linear, bits: int) -> QTensor:
         return self._quantise(linear.path, linear.weight, bits, self.moments.get(linear.path))
@@ -156,15 +138,8 @@ class LinearWriter:
         self.report.add(name, bits * count, up, total)
         return planes
 
-    def _quantise(
-        self,
-        name: str,
-        weight: Floats,
-        bits: int,
-        moment: NDArray[np.float32] | None,
-        block: int | None = None,
-    ) -> QTensor:
-        block = block or self.precision.block
+    def _quantise(self, name: str, weight: Floats, bits: int, moment: NDArray[np.float32] | None) -> QTensor:
+        block = self.precision.block
         if bits == 4 and moment is not None and moment.ndim == 2:
             stored, method = quantize_gptq(weight, bits, block, moment), "gptq"
         else:
