@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from crab_edge.lowbit import QTensor, pack, pad_columns
+from crab_edge.lowbit import QTensor, n_blocks, pack, pad_columns
 
 # Fractions of the block's largest magnitude that the outermost code may stand for. At 4 bits clipping the
 # extremes often pays; at 8 bits the grid is so fine that it hardly ever does.
@@ -32,16 +32,16 @@ def quantize_rtn(
     if not np.isfinite(weight).all():
         raise ValueError("the weights hold values that aren't finite")
     n, k = weight.shape
-    padded = pad_columns(weight, block)
-    blocks = padded.shape[1]
+    blocks = n_blocks(k, block)
     importance = None if energy is None else relative_energy(energy, blocks, block)
 
-    codes = np.empty(padded.shape, np.uint8)
+    codes = np.empty((n, blocks, block), np.uint8)
     scales = np.empty((n, blocks), np.float32)
     rows = max(1, _CHUNK_WEIGHTS // (blocks * block))
     for start in range(0, n, rows):
         part = slice(start, start + rows)
-        codes[part], scales[part] = search_scales(padded[part], bits, importance)
+        padded = pad_columns(weight[part], block)
+        codes[part], scales[part] = search_scales(padded, bits, importance)
     return pack(codes, scales, bits, block, k)
 
 

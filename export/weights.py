@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,34 @@ class Linear:
     adapter: Adapter | None = None
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: its file, the name it has there, its shape."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self, begin: int | None = None, end: int | None = None) -> Floats:
+        """The tensor, or its rows begin..end, as float32.
+
+        The file is mapped for this read only. A mapping that stayed would keep every page that was ever
+        read in the process, in the end the whole model.
+        """
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.file, framework="pt") as tensors:
+                if begin is None and end is None:
+                    tensor = tensors.get_tensor(self.name)
+                else:
+                    tensor = tensors.get_slice(self.name)[begin:end]
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{self.file}: {self.name} can't be read ({error}); copy it again") from None
+        return tensor.to(torch.float32).numpy()
+
+
 def canonical(name: str) -> str:
     """A weight's name without wrappers, the same for both generations of transformers' names.
 
@@ -78,9 +105,8 @@ class WeightStore:
         self.adapter_dir = Path(adapter_dir) if adapter_dir is not None else None
         self.adapter_config: dict[str, Any] = {}
         self.zero_linears: list[str] = []
-        self._stack = ExitStack()
-        self._base: dict[str, tuple[Any, str]] = {}
-        self._adapter: dict[str, tuple[Any, str]] = {}
+        self._base: dict[str, Stored] = {}
+        self._adapter: dict[str, Stored] = {}
         self._open(self._base, self.model_dir, "model*.safetensors")
         if self.adapter_dir is not None:
             self._open(self._adapter, self.adapter_dir, "adapter_model*.safetensors")
@@ -97,9 +123,10 @@ class WeightStore:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._stack.close()
+        self._base.clear()
+        self._adapter.clear()
 
-    def _open(self, index: dict[str, tuple[Any, str]], folder: Path, pattern: str) -> None:
+    def _open(self, index: dict[str, Stored], folder: Path, pattern: str) -> None:
         from safetensors import SafetensorError, safe_open
 
         files = sorted(folder.glob(pattern))
@@ -107,10 +134,12 @@ class WeightStore:
             raise ModelError(f"{folder}: holds no {pattern}; give a directory written by training")
         for file in files:
             try:
-                tensors = self._stack.enter_context(safe_open(file, framework="pt"))
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():
+                        shape = tuple(tensors.get_slice(name).get_shape())
+                        index[canonical(name)] = Stored(file, name, shape)
             except SafetensorError as error:
                 raise ModelError(f"{file}: not a whole safetensors file ({error}); copy it again") from None
-            index.update({canonical(name): (tensors, name) for name in tensors.keys()})
 
     @property
     def scaling(self) -> float:
@@ -124,11 +153,21 @@ class WeightStore:
 
     def n_parameters(self) -> int:
         """Parameters of base and adapter together, from the files' headers."""
-        total = 0
-        for index in (self._base, self._adapter):
-            for tensors, name in index.values():
-                total += int(np.prod(tensors.get_slice(name).get_shape(), dtype=np.int64))
-        return total
+        stored = [*self._base.values(), *self._adapter.values()]
+        return sum(int(np.prod(entry.shape, dtype=np.int64)) for entry in stored)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all base weights by canonical name, from the files' headers."""
+        return {name: entry.shape for name, entry in self._base.items()}
+
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same of the adapter's weights."""
+        return {name: entry.shape for name, entry in self._adapter.items()}
+
+    def files(self) -> list[Path]:
+        """The safetensors files that are read."""
+        stored = [*self._base.values(), *self._adapter.values()]
+        return sorted({entry.file for entry in stored})
 
     def __contains__(self, name: str) -> bool:
         return name in self._base
@@ -136,6 +175,19 @@ class WeightStore:
     def array(self, name: str) -> Floats:
         """A base weight as float32."""
         return self._read(self._base, name, self.model_dir)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a base weight."""
+        return self._stored(self._base, name, self.model_dir).shape
+
+    def rows(self, name: str, begin: int, end: int) -> Floats:
+        """Rows begin..end of a base weight as float32; nothing else of it is read."""
+        return self._stored(self._base, name, self.model_dir).read(begin, end)
+
+    def adapter_array(self, name: str) -> Floats:
+        """One of the adapter's own weights as float32."""
+        assert self.adapter_dir is not None
+        return self._read(self._adapter, name, self.adapter_dir)
 
     def linear(self, path: str) -> Linear:
         """The linear at `path` (without `.weight`), with its adapter if that does anything."""
@@ -166,10 +218,10 @@ class WeightStore:
             return None
         return Adapter(down, route, up * np.float32(self.scaling))
 
-    def _read(self, index: dict[str, tuple[Any, str]], name: str, folder: Path) -> Floats:
-        import torch
+    def _read(self, index: dict[str, Stored], name: str, folder: Path) -> Floats:
+        return self._stored(index, name, folder).read()
 
+    def _stored(self, index: dict[str, Stored], name: str, folder: Path) -> Stored:
         if name not in index:
             raise ModelError(f"{folder}: holds no weight {name}; its config doesn't describe these weights")
-        tensors, original = index[name]
-        return tensors.get_tensor(original).to(torch.float32).numpy()
+        return index[name]
