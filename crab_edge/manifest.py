@@ -78,6 +78,8 @@ class Recipe(_Strict):
     embedding_bits: Literal[8, 32]
     tower_bits: int
     kv_dtype: Literal["float32", "float16"]
+    block8: int | None = None
+    """Weights that share a scale in the 8-bit parts; None: `block`."""
 
 
 class Graphs(_Strict):

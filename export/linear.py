@@ -69,7 +69,7 @@ class LinearWriter:
             graph.stream(f"{path}.weight", np.float32, (n, k), read)
             turned = graph.node("Transpose", [f"{path}.weight"], f"{path}.weight.transposed", perm=[1, 0])
             return graph.node("MatMul", [x, turned], out)
-        block = self.precision.block
+        block = self.precision.block_of(bits)
         energy = self.moments.get(path)
         scales = np.empty((n, n_blocks(k, block)), np.float32)
         error = self.report.start(path, bits, energy, "rtn" if energy is None else _WEIGHTED)
@@ -166,7 +166,8 @@ class LinearWriter:
         low = self.precision
         if low.adapter_bits == 32:
             return {"bits": 32}
-        return {"bits": low.adapter_bits, "block": low.block, "accuracy_level": low.accuracy_level}
+        block = low.block_of(low.adapter_bits)
+        return {"bits": low.adapter_bits, "block": block, "accuracy_level": low.accuracy_level}
 
     def _base(self, linear: Linear, bits: int) -> QTensor:
         return self._quantise(linear.path, linear.weight, bits, self.moments.get(linear.path))
@@ -179,7 +180,7 @@ class LinearWriter:
         return planes
 
     def _quantise(self, name: str, weight: Floats, bits: int, moment: NDArray[np.float32] | None) -> QTensor:
-        block = self.precision.block
+        block = self.precision.block_of(bits)
         if bits == 4 and moment is not None and moment.ndim == 2:
             stored, method = quantize_gptq(weight, bits, block, moment), "gptq"
         else:

@@ -76,7 +76,10 @@ class Stored:
                     tensor = tensors.get_slice(self.name)[begin:end]
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{self.file}: {self.name} can't be read ({error}); copy it again") from None
-        return tensor.to(torch.float32).numpy()
+        values = tensor.to(torch.float32).numpy()
+        if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+            raise ModelError(f"{self.file}: {self.name} holds values that aren't finite; train or copy it again")
+        return values
 
 
 def canonical(name: str) -> str:
