@@ -89,7 +89,7 @@ class GraphBuilder:
         return piece
 
     def replay(self, piece: Piece) -> None:
-        """Append a piece of an earlier run, whose bytes are in the data file already."""
+        """Append a piece of an earlier run, whose bytes are in the data file already. Pieces come in order."""
         self._nodes += piece.graph.node
         self._inputs += piece.graph.input
         self._outputs += piece.graph.output
@@ -101,7 +101,6 @@ class GraphBuilder:
             if self._data is None:
                 self._data = self._data_path.open("r+b")
             self._data.seek(piece.end)
-            self._data.truncate()
         self._set_mark(piece.end)
 
     def tensor(self, name: str) -> onnx.TensorProto | None:
@@ -117,6 +116,8 @@ class GraphBuilder:
         """Bring the data file to the disk and let the kernel forget its pages; returns its length."""
         if self._data is None:
             return 0
+        # An earlier run may have left a torn end.
+        self._data.truncate()
         self._data.flush()
         os.fdatasync(self._data.fileno())
         if hasattr(os, "posix_fadvise"):

@@ -24,15 +24,13 @@ from .weights import WeightStore, canonical
 
 Floats = NDArray[np.float32]
 _HEAD_ROWS = 1 << 14
-# Weights that the official towers hold and never use.
-_UNUSED = ("audio_tower.audio_bos_eos_token.weight",)
 
 
 class LayeredEngine(TorchEngine):
     """The encoders behind the engines' protocol, and the decoder as `start`, `layer` and `logits`.
 
     `forward` is refused: a token at a time would read the whole model for every token.
-    Raises ModelError when the files hold other weights than `config` describes.
+    Raises ModelError when the adapter names a linear that the model doesn't have.
     """
 
     name = "torch, layer by layer"
@@ -41,7 +39,6 @@ class LayeredEngine(TorchEngine):
         self.weights = weights
         model = _skeleton(config)
         _adapt(model, weights)
-        _check(model, weights)
         super().__init__(model)
         self._names = {id(module): name for name, module in model.named_modules()}
         visual, audio = self._inner.visual, self._inner.audio_tower
@@ -59,7 +56,7 @@ class LayeredEngine(TorchEngine):
     def embed(self, ids: NDArray[np.int64]) -> Floats:
         """Token ids int64 [S] -> embeddings float32 [S, H], read row by row."""
         name = "language_model.embed_tokens.weight"
-        rows = {int(i): self.weights.rows(name, int(i), int(i) + 1)[0] for i in np.unique(ids)}
+        rows = {int(i): self.weights.part(name, int(i), int(i) + 1)[0] for i in np.unique(ids)}
         return np.stack([rows[int(i)] for i in ids])
 
     def forward(self, embeds: Floats, position_ids: NDArray[np.int64]) -> Floats:
@@ -104,9 +101,10 @@ class LayeredEngine(TorchEngine):
         name = "language_model.embed_tokens.weight" if tied else "lm_head.weight"
         rows = self.weights.shape(name)[0]
         out = np.empty((len(normed), rows), np.float32)
-        for begin in range(0, rows, _HEAD_ROWS):
-            end = min(rows, begin + _HEAD_ROWS)
-            out[:, begin:end] = normed @ self.weights.rows(name, begin, end).T
+        done = 0
+        for part in self.weights.rows(name, _HEAD_ROWS):
+            out[:, done : done + len(part)] = normed @ part.T
+            done += len(part)
         return out
 
     def _fill(self, module: nn.Module) -> None:
@@ -166,32 +164,3 @@ def _place(name: str) -> tuple[str, str | None]:
         path, _, rest = name.partition(".lora_")
         return canonical(f"{path}.weight").removesuffix(".weight"), f"lora_{rest.split('.')[0]}"
     return canonical(name.replace(".base_layer.", ".")), None
-
-
-def _check(model: nn.Module, weights: WeightStore) -> None:
-    """Names and shapes of all weights, from headers, before anything is read."""
-    from crab_edge.model.base import check_weights
-
-    base: dict[str, tuple[int, ...]] = {}
-    adapter: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
-        path, part = _place(name)
-        if part is None:
-            base[path] = tuple(parameter.shape)
-        else:
-            adapter[f"{path}.{part}.weight"] = tuple(parameter.shape)
-    found = weights.shapes()
-    if model.config.tie_word_embeddings and "lm_head.weight" not in found:
-        base.pop("lm_head.weight", None)
-    for name in _UNUSED:
-        if name not in found:
-            base.pop(name, None)
-    check_weights({n: s for n, s in found.items() if n in base or not _foreign(n)}, base, weights.model_dir)
-    if weights.adapter_dir is not None:
-        check_weights(weights.adapter_shapes(), adapter, weights.adapter_dir)
-
-
-def _foreign(name: str) -> bool:
-    """Parts of a whole Omni model that aren't the thinker."""
-    return name.startswith(("talker.", "token2wav."))
-

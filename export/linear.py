@@ -62,8 +62,7 @@ class LinearWriter:
         n, k = weights.shape(f"{name}.weight")
         graph, path = self.graph, "lm_head"
         rows = max(1, _HEAD_WEIGHTS // k)
-        blocks = ((i, min(n, i + rows)) for i in range(0, n, rows))
-        read = (weights.rows(f"{name}.weight", *block) for block in blocks)
+        read = weights.rows(f"{name}.weight", rows)
         if bits == 32:
             # Transposed, rows would be columns: a float graph keeps them and multiplies by the transpose.
             graph.stream(f"{path}.weight", np.float32, (n, k), read)

@@ -26,7 +26,7 @@ from crab_edge.prompt import PromptBuilder
 from crab_edge.shape import AdapterShape, ModelShape, eight_bit_block, from_config
 
 from . import parity, preflight, reference
-from .decoder import decoder_widths, head_dim
+from .decoder import ROOT, decoder_widths, head_dim
 from .examples import ExampleSet, Media, clips_of, gather
 from .precision import KVType, Precision, choose
 from .prompts import collect
@@ -287,9 +287,12 @@ class _Job:
         )
 
     def shape(self, weights: WeightStore) -> ModelShape:
-        """What `crab_edge.shape` needs to count bytes; towers' adapters count until they are known to be zero."""
-        adapter = weights.adapter_config
-        known = AdapterShape(int(adapter["r"]), int(adapter["num_experts"])) if adapter else None
+        """What `crab_edge.shape` needs to count bytes. Encoders whose experts are all zero have none."""
+        adapter, known = weights.adapter_config, None
+        if adapter:
+            used = set(weights.adapted()) - set(weights.zero_linears)
+            towers = any(not path.startswith(f"{ROOT}.") for path in used)
+            known = AdapterShape(int(adapter["r"]), int(adapter["num_experts"]), towers)
         return from_config(self.config.to_dict(), self.card.name, known)
 
     def identity(
@@ -315,7 +318,7 @@ class _Job:
         }
 
     def model_info(self, weights: WeightStore) -> ModelInfo:
-        """Identity and sizes; the adapter's zero linears are known only after they were written."""
+        """Identity and sizes."""
         text, adapter = self.config.text_config, None
         if weights.adapter_config:
             adapter = AdapterInfo(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,6 @@ class WeightStore:
         self.model_dir = Path(model_dir)
         self.adapter_dir = Path(adapter_dir) if adapter_dir is not None else None
         self.adapter_config: dict[str, Any] = {}
-        self.zero_linears: list[str] = []
         self._base: dict[str, Stored] = {}
         self._adapter: dict[str, Stored] = {}
         self._open(self._base, self.model_dir, "model*.safetensors")
@@ -126,8 +127,7 @@ class WeightStore:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._base.clear()
-        self._adapter.clear()
+        """Nothing is held open between two reads."""
 
     def _open(self, index: dict[str, Stored], folder: Path, pattern: str) -> None:
         from safetensors import SafetensorError, safe_open
@@ -159,18 +159,22 @@ class WeightStore:
         stored = [*self._base.values(), *self._adapter.values()]
         return sum(int(np.prod(entry.shape, dtype=np.int64)) for entry in stored)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all base weights by canonical name, from the files' headers."""
-        return {name: entry.shape for name, entry in self._base.items()}
-
-    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The same of the adapter's weights."""
-        return {name: entry.shape for name, entry in self._adapter.items()}
-
     def files(self) -> list[Path]:
         """The safetensors files that are read."""
         stored = [*self._base.values(), *self._adapter.values()]
         return sorted({entry.file for entry in stored})
+
+    @cached_property
+    def zero_linears(self) -> list[str]:
+        """Those of `adapted` whose experts are all exactly zero: no-ops, which `linear` leaves out."""
+        return [path for path in self.adapted() if self._is_zero(path)]
+
+    def _is_zero(self, path: str) -> bool:
+        names = (f"{path}.lora_B{i}.weight" for i in range(int(self.adapter_config["num_experts"])))
+        # The first row of an expert that isn't zero nearly always tells.
+        return not any(
+            self._adapter[name].read(0, 1).any() or self._adapter[name].read().any() for name in names
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self._base
@@ -183,9 +187,15 @@ class WeightStore:
         """Shape of a base weight."""
         return self._stored(self._base, name, self.model_dir).shape
 
-    def rows(self, name: str, begin: int, end: int) -> Floats:
-        """Rows begin..end of a base weight as float32; nothing else of it is read."""
-        return self._stored(self._base, name, self.model_dir).read(begin, end)
+    def rows(self, name: str, count: int) -> Iterator[Floats]:
+        """A base weight as float32 [count or fewer, ...], part after part: for what is too big to hold."""
+        for start in range(0, self.shape(name)[0], count):
+            yield self.part(name, start, start + count)
+
+    def part(self, name: str, start: int, stop: int) -> Floats:
+        """Rows start..stop of a base weight as float32; nothing else of it is read."""
+        stored = self._stored(self._base, name, self.model_dir)
+        return stored.read(start, min(stop, stored.shape[0]))
 
     def adapter_array(self, name: str) -> Floats:
         """One of the adapter's own weights as float32."""
@@ -216,8 +226,7 @@ class WeightStore:
                 f"{self.adapter_dir}: the adapter of {path} has A {list(down.shape)} and B {list(up.shape)}, "
                 f"which doesn't fit weights {list(weight.shape)} at rank {rank}; give this model's adapter"
             )
-        if not up.any():
-            self.zero_linears.append(path)
+        if path in self.zero_linears:
             return None
         return Adapter(down, route, up * np.float32(self.scaling))
 

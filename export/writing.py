@@ -112,7 +112,7 @@ class Files:
         self._embedding(tick("writing the embedding"))
 
     def _make(self, key: str, builder: GraphBuilder, make: Callable[[], None]) -> None:
-        errors, zeros = len(self.report.linears), len(self.weights.zero_linears)
+        errors = len(self.report.linears)
         make()
         piece = builder.piece()
         files = self.work.keep(_piece_file(key), piece.graph.SerializeToString())
@@ -123,14 +123,12 @@ class Files:
             "begin": piece.begin,
             "end": piece.end,
             "errors": [asdict(error) for error in self.report.linears[errors:]],
-            "zeros": self.weights.zero_linears[zeros:],
         }
         self.work.done(key, note, files)
 
     def _take_over(self, key: str, builder: GraphBuilder, note: dict[str, Any]) -> None:
         builder.replay(Piece(self._piece(key), note["begin"], note["end"], ""))
         self.report.linears += [LinearError(**error) for error in note["errors"]]
-        self.weights.zero_linears += note["zeros"]
 
     def _piece(self, key: str) -> onnx.GraphProto:
         graph = onnx.GraphProto()
@@ -145,8 +143,7 @@ class Files:
     def _embedding(self, tick: Tick) -> None:
         path, name = self.work.bundle / "embedding.bin", f"{ROOT}.embed_tokens.weight"
         if self.work.entry("embedding") is None:
-            rows, width = self.weights.shape(name)
-            step = max(1, _EMBEDDING_WEIGHTS // width)
+            step = max(1, _EMBEDDING_WEIGHTS // self.weights.shape(name)[1])
             scales: list[np.ndarray] = []
             digest = hashlib.sha256()
             with path.open("wb") as file:
@@ -156,8 +153,7 @@ class Files:
                     digest.update(content)
                     file.write(content)
 
-                for begin in range(0, rows, step):
-                    block = self.weights.rows(name, begin, min(rows, begin + step))
+                for block in self.weights.rows(name, step):
                     if self.precision.embedding_bits == 32:
                         put(block)
                         continue

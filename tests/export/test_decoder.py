@@ -68,7 +68,7 @@ def test_float_graph_equals_the_operator_by_hand(tiny, inputs, tmp_path):
     with WeightStore(tiny.base, tiny.adapter) as weights:
         linear = weights.linear(name)
         norm = weights.array("language_model.layers.0.input_layernorm.weight")
-        parts = [weights._read(weights._adapter, f"{name}.lora_B{i}.weight", tiny.adapter) for i in range(3)]
+        parts = [weights.adapter_array(f"{name}.lora_B{i}.weight") for i in range(3)]
     x = embeds / np.sqrt((embeds.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6) * norm
     a = linear.adapter
     wanted = ilora_linear(x, linear.weight, linear.bias, a.down, a.route, parts, 2.0)
