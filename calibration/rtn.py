@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +14,7 @@ from crab_edge.lowbit import QTensor, n_blocks, pack, pad_columns
 # extremes often pays; at 8 bits the grid is so fine that it hardly ever does.
 _CLIPPING = {4: np.linspace(0.60, 1.0, 17), 8: np.linspace(0.98, 1.0, 3)}
 _CHUNK_WEIGHTS = 1 << 20
+_THREADS = 4
 
 
 def quantize_rtn(
@@ -38,10 +42,16 @@ def quantize_rtn(
     codes = np.empty((n, blocks, block), np.uint8)
     scales = np.empty((n, blocks), np.float32)
     rows = max(1, _CHUNK_WEIGHTS // (blocks * block))
-    for start in range(0, n, rows):
+
+    def quantise(start: int) -> None:
         part = slice(start, start + rows)
         padded = pad_columns(weight[part], block)
         codes[part], scales[part] = search_scales(padded, bits, importance)
+
+    # Rows don't depend on each other, and numpy lets go of the interpreter while it computes.
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(quantise, range(0, n, rows)):
+            pass
     return pack(codes, scales, bits, block, k)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from crab_edge.errors import InputError, ModelError
 from crab_edge.lowbit import n_blocks
+from crab_edge.manifest import Manifest, ShapeInfo
 
 # What transformers' configuration classes assume where a config.json is silent.
 _TEXT = {
@@ -141,7 +142,6 @@ class WeightRecipe:
     embedding_bits: int = 8
     tower_bits: int = 8
     scale_bytes: int = 4
-
 
     def block_of(self, bits: int) -> int:
         """Weights that share a scale at this many bits."""
@@ -321,7 +321,14 @@ def _decoder(shape: ModelShape, recipe: WeightRecipe) -> Iterator[Tensor]:
 
         def group(name: str, names: tuple[str, ...], bias: bool = False) -> Iterator[Tensor]:
             return _group(
-                part, extra, name, list(linears(names, bias)), recipe.bits, recipe, shape.adapter, folds  # noqa: B023
+                part,
+                extra,
+                name,
+                list(linears(names, bias)),
+                recipe.bits,
+                recipe,
+                shape.adapter,
+                folds,  # noqa: B023
             )
 
         yield from group(f"{path}.self_attn.qkv", ("q", "k", "v"), True)
@@ -447,6 +454,60 @@ def read_shape(model_dir: Path, adapter_dir: Path | None = None, towers: bool = 
     return from_config(_json(model_dir / "config.json"), model_dir.name, adapter)
 
 
+def shape_info(shape: ModelShape) -> ShapeInfo:
+    """What a manifest keeps of a shape beside its own fields."""
+    return ShapeInfo(
+        intermediate_size=shape.intermediate,
+        heads=shape.heads,
+        tied=shape.tied,
+        vision=dict(shape.vision),
+        audio=dict(shape.audio),
+        tower_adapters=shape.adapter is not None and shape.adapter.towers,
+    )
+
+
+def of_manifest(manifest: Manifest) -> tuple[ModelShape, WeightRecipe] | None:
+    """The shape and recipe of a bundle; None for one that doesn't say and is of no known size."""
+    model, recipe = manifest.model, manifest.recipe
+    known = WeightRecipe(
+        recipe.bits,
+        recipe.block,
+        recipe.block8 or recipe.block,
+        recipe.experts,
+        recipe.adapter_bits,
+        recipe.head_bits,
+        recipe.embedding_bits,
+        recipe.tower_bits,
+    )
+    adapter = None
+    if model.adapter is not None:
+        towers = model.shape.tower_adapters if model.shape is not None else model.adapter.zero_linears == 0
+        adapter = AdapterShape(model.adapter.rank, model.adapter.experts, towers)
+    if model.shape is None:
+        sizes = (model.hidden_size, model.layers, model.kv_heads, model.head_dim, model.vocab_size)
+        for shape in KNOWN.values():
+            if sizes == (shape.hidden, shape.layers, shape.kv_heads, shape.head_dim, shape.vocab):
+                return replace(shape, name=model.name, adapter=adapter), known
+        return None
+    info = model.shape
+    shape = ModelShape(
+        model.name,
+        model.hidden_size,
+        info.intermediate_size,
+        model.layers,
+        info.heads,
+        model.kv_heads,
+        model.head_dim,
+        model.vocab_size,
+        model.max_positions,
+        info.tied,
+        info.vision,
+        info.audio,
+        adapter,
+    )
+    return shape, known
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -460,9 +521,7 @@ def _json(path: Path) -> dict[str, Any]:
 _TOWERS = {"vision": dict(_VISION, hidden_size=1280), "audio": dict(_AUDIO)}
 _CRAB = AdapterShape(128, 3, False)
 KNOWN = {
-    "7b": ModelShape(
-        "Crab+ 7B", 3584, 18944, 28, 28, 4, 128, 152064, 32768, False, **_TOWERS, adapter=_CRAB
-    ),
+    "7b": ModelShape("Crab+ 7B", 3584, 18944, 28, 28, 4, 128, 152064, 32768, False, **_TOWERS, adapter=_CRAB),
     "3b": ModelShape(
         "Crab+ 3B",
         2048,

@@ -283,9 +283,7 @@ class GraphBuilder:
             producer_version=crab_edge.__version__,
         )
 
-    def stream(
-        self, name: str, dtype: Any, shape: Sequence[int], rows: Iterable[NDArray[Any]]
-    ) -> str:
+    def stream(self, name: str, dtype: Any, shape: Sequence[int], rows: Iterable[NDArray[Any]]) -> str:
         """An initializer that comes in blocks of rows, in order: with a data file, one block is in memory.
 
         Raises ValueError unless the blocks fill `shape`.

@@ -23,7 +23,7 @@ from crab_edge.ilora.torch_layer import ILoRALinear
 from .weights import WeightStore, canonical
 
 Floats = NDArray[np.float32]
-_HEAD_ROWS = 1 << 14
+_HEAD_WEIGHTS = 1 << 23
 
 
 class LayeredEngine(TorchEngine):
@@ -81,9 +81,7 @@ class LayeredEngine(TorchEngine):
         finally:
             _drop(module)
 
-    def normed(
-        self, hidden: Floats, seen: Callable[[str, torch.Tensor], None] | None = None
-    ) -> Floats:
+    def normed(self, hidden: Floats, seen: Callable[[str, torch.Tensor], None] | None = None) -> Floats:
         """The final norm of hidden states [n, H]; `seen` is called with the head's name and this, its input."""
         norm = self._inner.language_model.norm
         self._fill(norm)
@@ -99,10 +97,10 @@ class LayeredEngine(TorchEngine):
         normed = self.normed(hidden)
         tied = "lm_head.weight" not in self.weights
         name = "language_model.embed_tokens.weight" if tied else "lm_head.weight"
-        rows = self.weights.shape(name)[0]
+        rows, width = self.weights.shape(name)
         out = np.empty((len(normed), rows), np.float32)
         done = 0
-        for part in self.weights.rows(name, _HEAD_ROWS):
+        for part in self.weights.rows(name, max(1, _HEAD_WEIGHTS // width)):
             out[:, done : done + len(part)] = normed @ part.T
             done += len(part)
         return out

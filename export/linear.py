@@ -23,7 +23,7 @@ Moments = Mapping[str, NDArray[np.float32]]
 Tick = Callable[[], None]
 _WEIGHTED = "rtn weighted by input energy"
 # Weights of the head that are in memory at a time.
-_HEAD_WEIGHTS = 1 << 25
+_HEAD_WEIGHTS = 1 << 23
 
 
 class LinearWriter:

@@ -23,7 +23,7 @@ from crab_edge.errors import CrabError, DependencyError, InputError, ModelError
 from crab_edge.features import FeatureConfig
 from crab_edge.manifest import AdapterInfo, Manifest, ModelInfo, Recipe
 from crab_edge.prompt import PromptBuilder
-from crab_edge.shape import AdapterShape, ModelShape, eight_bit_block, from_config
+from crab_edge.shape import AdapterShape, ModelShape, eight_bit_block, from_config, shape_info
 
 from . import parity, preflight, reference
 from .decoder import ROOT, decoder_widths, head_dim
@@ -133,7 +133,9 @@ class _Run:
     def whole(self, writer: BundleWriter) -> Manifest:
         """The float model in memory: its answers, then the files, then the bundle along those answers."""
         job, (calibration, comparison, held_out) = self.job, self.sets
-        job.plan(self.files.steps + (len(calibration.examples) if held_out else 0) + 2 * len(comparison.examples))
+        job.plan(
+            self.files.steps + (len(calibration.examples) if held_out else 0) + 2 * len(comparison.examples)
+        )
         references, moments = reference.answers(
             self.work,
             self._float_engine,
@@ -343,6 +345,7 @@ class _Job:
             tasks=self.card.tasks,
             labels=self.card.labels,
             eos_ids=sorted({special.im_end, special.pad}),
+            shape=shape_info(self.shape(weights)),
         )
 
 
@@ -360,4 +363,3 @@ def _recipe(precision: Precision) -> Recipe:
         kv_dtype=precision.kv_dtype,
         block8=precision.block8,
     )
-

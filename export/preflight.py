@@ -44,9 +44,7 @@ def recipe_of(precision: Precision) -> WeightRecipe:
     )
 
 
-def needs(
-    shape: ModelShape, precision: Precision, whole: bool, watch: bool, examples: ExampleSet
-) -> Needs:
+def needs(shape: ModelShape, precision: Precision, whole: bool, watch: bool, examples: ExampleSet) -> Needs:
     """What an export of `shape` takes.
 
     The largest of: the float model (`whole`) or one layer of it in float32, a pair of linears while they are

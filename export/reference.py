@@ -257,4 +257,3 @@ class Walk:
 
 def _taken(seen: InputMoments | None) -> Arrays:
     return {} if seen is None else {canonical(n): m for n, m in seen.moments().items()}
-

@@ -119,7 +119,9 @@ class _opened:
                 self._model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise EngineError(f"a written layer can't be opened: {' '.join(str(error).split())[:300]}") from None
+            raise EngineError(
+                f"a written layer can't be opened: {' '.join(str(error).split())[:300]}"
+            ) from None
         self._names = [entry.name for entry in self._session.get_inputs()]
         return self._run
 

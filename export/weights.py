@@ -80,7 +80,9 @@ class Stored:
             raise ModelError(f"{self.file}: {self.name} can't be read ({error}); copy it again") from None
         values = tensor.to(torch.float32).numpy()
         if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
-            raise ModelError(f"{self.file}: {self.name} holds values that aren't finite; train or copy it again")
+            raise ModelError(
+                f"{self.file}: {self.name} holds values that aren't finite; train or copy it again"
+            )
         return values
 
 

@@ -122,7 +122,10 @@ class Workspace:
         return dict(entry["note"])
 
     def done(
-        self, step: str, note: dict[str, Any] | None = None, files: dict[str, tuple[int, int, str]] | None = None
+        self,
+        step: str,
+        note: dict[str, Any] | None = None,
+        files: dict[str, tuple[int, int, str]] | None = None,
     ) -> None:
         """Note a finished step. files: path in the folder -> begin, end and sha256 of the bytes it wrote; they
         must be on the disk.

@@ -30,7 +30,7 @@ Hook = Callable[[str, str], None]
 # Larger models keep their weights in a file beside the graph, which is mapped instead of read. (A model file
 # couldn't hold 2 GB.)
 EXTERNAL_PARAMETERS = 50_000_000
-_EMBEDDING_WEIGHTS = 1 << 25
+_EMBEDDING_WEIGHTS = 1 << 23
 _NAMES = {"vision": "writing the vision encoder", "audio": "writing the audio encoder"}
 _NAMES["decoder"] = "writing the decoder"
 

@@ -59,9 +59,7 @@ class OnnxRuntimeEngine:
 
     name = "onnxruntime"
 
-    def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, low_memory: bool | None = None
-    ) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, low_memory: bool | None = None) -> None:
         self._bundle = bundle
         self.low_memory = _short_of_memory(bundle) if low_memory is None else low_memory
         self._model = bundle.manifest.model

@@ -82,7 +82,9 @@ def test_float_bundle_layer_by_layer(tiny, external, tmp_path):
 
 
 def test_half_precision_cache_layer_by_layer(tiny, external, tmp_path):
-    path = export_bundle(tiny.base, tiny.adapter, tmp_path / "out", bits=32, compare="layers", kv_dtype="float16")
+    path = export_bundle(
+        tiny.base, tiny.adapter, tmp_path / "out", bits=32, compare="layers", kv_dtype="float16"
+    )
     parity = Bundle.open(path).manifest.parity
     assert 0 < parity["logits_error"]["worst"] < 5e-3
 
@@ -148,9 +150,7 @@ export_bundle(sys.argv[1], sys.argv[2], sys.argv[3], method="rtn", compare="answ
         done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=dict(os.environ))
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert not out.exists() and place(out).is_dir()
-    resumed = Bundle.open(
-        export_bundle(tiny.base, tiny.adapter, out, method="rtn", compare="answers")
-    )
+    resumed = Bundle.open(export_bundle(tiny.base, tiny.adapter, out, method="rtn", compare="answers"))
     assert hashes(resumed) == hashes(whole)
 
 
