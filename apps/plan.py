@@ -54,6 +54,8 @@ def command(
     from crab_edge.memory import total_bytes
     from crab_edge.plan import WIDE, Wish, nearest, plan
 
+    if measure and model.lower() == "nano":
+        model = str(_bundle(model))
     shape, recipe, cache = _model(model, adapter, bits, block, experts)
     kv = kv or cache or ("float16" if shape.hidden > WIDE else "float32")
     _check_kv(kv)
@@ -62,11 +64,11 @@ def command(
         from crab_edge.errors import InputError
 
         raise InputError("this machine's memory can't be measured; give it with --memory, e.g. --memory 8GB")
+    wish = Wish(length, frames, window, device, answer, kv, low_memory)
     if measure:
         from crab_edge_apps import _plan_measured
 
-        return _plan_measured.command(Path(model), shape, recipe, kv, as_json)
-    wish = Wish(length, frames, window, device, answer, kv, low_memory)
+        return _plan_measured.command(_bundle(model), shape, recipe, wish, as_json)
     found = plan(shape, recipe, wish)
     fixed = cache is not None
     other = None if found.fits else nearest(shape, recipe, wish, fixed=fixed)
@@ -110,6 +112,19 @@ def _model(
     else:
         raise InputError(f"{name}: expected {', '.join(KNOWN)}, a model directory or a bundle")
     return shape, recipe_for(shape, bits or 4, block or 32, experts), None
+
+
+def _bundle(name: str) -> Path:
+    """The bundle to measure: the one that was named, or the packaged one for nano."""
+    from crab_edge.bundle import default_bundle
+    from crab_edge.errors import InputError
+    from crab_edge.manifest import MANIFEST_NAME
+
+    if name.lower() == "nano":
+        return default_bundle()
+    if not (Path(name) / MANIFEST_NAME).is_file():
+        raise InputError(f"{name}: --measure runs a bundle; name one, or nano for the packaged one")
+    return Path(name)
 
 
 def _check_kv(kv: str) -> None:
