@@ -54,9 +54,7 @@ def compare(path: Path, shape: ModelShape, recipe: WeightRecipe, wish: Wish) -> 
     from crab_edge.plan import plan
 
     found = run(path, wish.low_memory)
-    wish = replace(
-        wish, seconds=found["seconds"], frames=FRAMES, window_s=10.0, answer=found["answer"]
-    )
+    wish = replace(wish, seconds=found["seconds"], frames=FRAMES, window_s=10.0, answer=found["answer"])
     predicted = plan(shape, recipe, wish)
     return {
         "low_memory": wish.low_memory,
@@ -69,7 +67,9 @@ def compare(path: Path, shape: ModelShape, recipe: WeightRecipe, wish: Wish) -> 
     }
 
 
-def run(path: Path, low_memory: bool, media: str = "", options: dict[str, Any] | None = None) -> dict[str, Any]:
+def run(
+    path: Path, low_memory: bool, media: str = "", options: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """One `ask` in a process of its own: its peak in bytes, and its tokens."""
     from crab_edge.errors import EngineError
 

@@ -18,9 +18,9 @@ GRAPHS = ("decoder", "vision", "audio")
 # Interpreter, ONNX Runtime, decoding libraries and a clip's frames: `ask` on a small bundle, graphs left out.
 PROCESS = 150_000_000
 # Floats that live at once for a token, in widths of the MLP and of the model.
-_MLP_WIDTHS, _WIDTHS = 7, 5
+_MLP_WIDTHS, _WIDTHS = 8, 5
 # System prompt, lead sentence, question and the chat's marks.
-TEXT_TOKENS = 90
+TEXT_TOKENS = 80
 AUDIO_TOKENS_PER_S = 25
 TOKENS_PER_GRID = 64
 PATCHES = 256

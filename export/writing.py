@@ -15,6 +15,7 @@ import onnx
 from crab_edge_calibration import LinearError, QuantisationReport, quantize_rows
 
 from crab_edge.features import FeatureConfig
+from crab_edge.memory import give_back
 
 from .audio import AudioExporter
 from .decoder import ROOT, DecoderExporter
@@ -115,6 +116,8 @@ class Files:
         errors = len(self.report.linears)
         make()
         piece = builder.piece()
+        # A layer's large arrays come and go; what is between them would hold their memory back.
+        give_back()
         files = self.work.keep(_piece_file(key), piece.graph.SerializeToString())
         if builder.data_path is not None and piece.end > piece.begin:
             name = builder.data_path.relative_to(self.work.folder).as_posix()

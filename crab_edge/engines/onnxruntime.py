@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crab_edge.engines import _memory
 from crab_edge.errors import BundleError, DependencyError, EngineError
 from crab_edge.manifest import COPY_AGAIN
-from crab_edge.memory import available_bytes
+from crab_edge.memory import available_bytes, give_back, page_out
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,7 +109,7 @@ class OnnxRuntimeEngine:
             self._cache, self.length = None, 0
         if closing:
             del closing, future
-            _memory.give_back()
+            give_back()
 
     def _session(self, name: str) -> Any:
         return self._start(name, threaded=False).result()
@@ -204,7 +203,7 @@ def _open(bundle: Bundle, name: str, threads: int) -> Any:
         session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
     except Exception as error:
         raise BundleError(f"{path}: ONNX Runtime can't open it ({_one_line(error)}); {COPY_AGAIN}") from error
-    _memory.page_out(bundle.path, [file for file in bundle.manifest.files if file.endswith(".data")])
+    page_out(bundle.path, [file for file in bundle.manifest.files if file.endswith(".data")])
     session.disable_fallback()
     if session.get_providers() != [PROVIDER]:
         raise EngineError(f"{path}: expected {PROVIDER}, got {session.get_providers()}")

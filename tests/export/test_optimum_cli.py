@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,6 +36,7 @@ def optimum(tmp_path_factory, monkeypatch):
 
 
 def test_it_is_installed_where_optimum_looks():
+    tomllib = pytest.importorskip("tomllib")
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert "optimum.commands.register" in setup["packages"]
     folder = ROOT / setup["package-dir"]["optimum.commands.register"]

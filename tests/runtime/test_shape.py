@@ -31,7 +31,7 @@ def test_parameters_of_the_official_models():
     assert 8.90e9 < seven.decoder_parameters + towers < 8.96e9
 
 
-@pytest.mark.parametrize(("block", "floor", "limit", "more"), [(32, 6.80, 7.0, 0.55), (128, 6.50, 6.7, 0.15)])
+@pytest.mark.parametrize(("block", "floor", "limit", "more"), [(32, 6.80, 7.0, 0.55), (128, 6.50, 6.7, 0.16)])
 def test_sizes_of_the_7b_bundle(block, floor, limit, more):
     """In GB: above what the codes alone allow, below what was promised, for 16-bit and for 32-bit scales."""
     shape = KNOWN["7b"]
