@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crab_edge.plan import Wish
-    from crab_edge.shape import ModelShape, WeightRecipe
+    from crab_edge.shape import ModelShape
+    from crab_edge.sizes import WeightRecipe
 
 TOLERANCE = 0.10
 TASK, FRAMES = "ave", 10

@@ -32,8 +32,8 @@ def command(
     compare: Annotated[
         str,
         typer.Option(
-            help="answers: run the float model whole and compare along its answers; layers: hold one layer of "
-            "it in memory and compare on the prompts; auto: answers for small models."
+            help="answers: run the float model whole and compare along its answers; layers: hold one layer "
+            "of it in memory and compare on the prompts; auto: answers for small models."
         ),
     ] = "auto",
     kv: Annotated[str, typer.Option("--kv", help="Type of the KV cache: float32 or float16.")] = "float32",
@@ -140,7 +140,7 @@ def _report(path: Path, as_json: bool) -> None:
 
 
 def _parts(manifest: Any) -> dict[str, dict[str, int]] | None:
-    from crab_edge.shape import of_manifest, parts
+    from crab_edge.sizes import of_manifest, parts
 
     found = of_manifest(manifest)
     return None if found is None else parts(*found)

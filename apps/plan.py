@@ -1,4 +1,4 @@
-"""`crab-edge plan`: whether a model fits a device with a clip of a given length, and the nearest plan that does."""
+"""`crab-edge plan`: whether a model fits a device with a clip, and the nearest plan that does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import typer
 
 if TYPE_CHECKING:
     from crab_edge.plan import Plan
-    from crab_edge.shape import ModelShape, WeightRecipe
+    from crab_edge.shape import ModelShape
+    from crab_edge.sizes import WeightRecipe
 
 
 def command(
@@ -22,7 +23,7 @@ def command(
     adapter: Annotated[Path | None, typer.Option(help="Adapter directory, for a model directory.")] = None,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", "-m", help="Memory of the device, e.g. 8GB; default: this machine's."),
+        typer.Option("--memory", "-m", help="Memory of the device, e.g. 8GB; default: that of this one."),
     ] = None,
     length: Annotated[float, typer.Option(help="Length of the clip in seconds.")] = 10.0,
     frames: Annotated[int, typer.Option(help="Frames of each window.")] = 10,
@@ -88,7 +89,8 @@ def _model(
     """The shape, the recipe, and for a bundle the type of its cache."""
     from crab_edge.errors import InputError
     from crab_edge.manifest import MANIFEST_NAME, read_manifest
-    from crab_edge.shape import KNOWN, of_manifest, read_shape, recipe_for
+    from crab_edge.shape import KNOWN, read_shape
+    from crab_edge.sizes import of_manifest, recipe_for
 
     path = Path(name)
     if (path / MANIFEST_NAME).is_file():
@@ -100,7 +102,7 @@ def _model(
         found = of_manifest(manifest)
         if found is None:
             raise InputError(
-                f"{path}: this bundle doesn't say its encoders' sizes; export it again, or name 7b, 3b or nano"
+                f"{path}: doesn't say its encoders' sizes; export it again, or name 7b, 3b or nano"
             )
         return *found, manifest.recipe.kv_dtype
     if name.lower() in KNOWN:
@@ -146,7 +148,7 @@ def _bytes(text: str) -> int:
 
 
 def _parts(shape: ModelShape, recipe: WeightRecipe) -> dict[str, dict[str, int]]:
-    from crab_edge.shape import parts
+    from crab_edge.sizes import parts
 
     return parts(shape, recipe)
 
@@ -156,7 +158,8 @@ def _print(shape: ModelShape, found: Plan, other: tuple[Plan, list[str]] | None)
 
     recipe = found.recipe
     print(
-        f"{shape.name}, {recipe.bits} bits in blocks of {recipe.block}, experts {recipe.experts}: {size(found.disk)} on disk"
+        f"{shape.name}, {recipe.bits} bits in blocks of {recipe.block}, experts {recipe.experts}: "
+        f"{size(found.disk)} on disk"
     )
     for line in part_lines(_parts(shape, recipe)):
         print(f"  {line}")

@@ -1,4 +1,4 @@
-"""How much memory this process has and can still get, and giving back what the C libraries hold for nothing."""
+"""How much memory this process has and can still get, and giving back what C libraries hold for nothing."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def _status(name: str) -> int | None:
 def page_out(folder: Path, names: Sequence[str]) -> None:
     """Take this process's mappings of these files out of memory; whoever reads them again gets them back.
 
-    A hint: on a system that doesn't know it nothing happens. ONNX Runtime keeps the scales mapped that it copied when it packed the weights, and never looks at them.
+    A hint: on a system that doesn't know it nothing happens. ONNX Runtime keeps the scales mapped that it
+    copied when it packed the weights, and never looks at them.
     """
     wanted = {str(folder / name) for name in names}
     if not wanted:

@@ -1,6 +1,6 @@
 """What a model takes on a device: tokens, weights, cache and activations, before anything is run.
 
-Weights are exact arithmetic (`crab_edge.shape`). What ONNX Runtime makes of them on a CPU, and what a
+Weights are exact arithmetic (`crab_edge.sizes`). What ONNX Runtime makes of them on a CPU, and what a
 prompt's activations take, are formulas that were fitted to measured peaks.
 """
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from crab_edge.errors import InputError
-from crab_edge.shape import WIDE_BLOCK, ModelShape, WeightRecipe, graph_bytes, tensors
+from crab_edge.shape import ModelShape
+from crab_edge.sizes import WIDE_BLOCK, WeightRecipe, graph_bytes, tensors
 
 GRAPHS = ("decoder", "vision", "audio")
 # Interpreter, ONNX Runtime, decoding libraries and a clip's frames: `ask` on a small bundle, graphs left out.
@@ -31,7 +32,7 @@ WIDE_CHUNK = 512
 
 
 def prefill_chunk(hidden: int) -> int:
-    """Tokens of a prompt that go through the decoder at a time: fewer in wide models, whose activations count.
+    """Tokens of a prompt that go through the decoder at a time: fewer in wide models with their activations.
 
     Every engine takes the same, so that answers don't depend on the machine's memory.
     """
@@ -115,8 +116,8 @@ def plan(shape: ModelShape, recipe: WeightRecipe, wish: Wish) -> Plan:
     """Predict `wish` for a model of `shape` stored by `recipe`. InputError for a wish that makes no sense."""
     if wish.seconds < 0 or wish.frames < 0 or wish.window_s <= 0 or (not wish.frames and not wish.seconds):
         raise InputError(
-            f"a clip of {wish.seconds:g} s with {wish.frames} frames in windows of {wish.window_s:g} s can't be "
-            "planned; expected lengths above 0"
+            f"a clip of {wish.seconds:g} s with {wish.frames} frames in windows of {wish.window_s:g} s can't "
+            "be planned; expected lengths above 0"
         )
     entries = tensors(shape, recipe)
     tokens = _tokens(wish)
@@ -186,8 +187,8 @@ def nearest(
 ) -> tuple[Plan, list[str]] | None:
     """The plan closest to `wish` that fits, and what was changed; None when nothing does.
 
-    Tried in the order of what a user notices least: encoders closed before the decoder opens, a half-precision
-    cache, a wider block, a shorter window with its share of the frames, fewer frames. `fixed`: the bundle is
+    Tried in the order of what a user notices least: encoders closed before the decoder opens, a cache of half
+    precision, a wider block, a shorter window with its share of the frames, fewer frames. `fixed`: the bundle is
     made, so that its recipe and cache stay.
     """
     for changed_recipe, changed_wish, changes in _steps(recipe, wish, fixed):

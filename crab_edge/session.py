@@ -279,7 +279,7 @@ class Session:
         recipe = self._recipe(task)
         if grammar and recipe.windowed and self.window_s > WINDOW_S:
             raise InputError(
-                f"--grammar knows answers about windows of {WINDOW_S:g} s; leave out either it or the longer window"
+                f"--grammar knows answers about windows of {WINDOW_S:g} s; leave out it or the longer window"
             )
         notices = [f"task {task.name} doesn't use the clip's {kind}" for kind in unused(self.clip, recipe)]
         if recipe.units and any(heard(recipe, audio.waveform(), frame)[1] for audio in self.clip.audios):

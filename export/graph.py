@@ -89,7 +89,7 @@ class GraphBuilder:
         return piece
 
     def replay(self, piece: Piece) -> None:
-        """Append a piece of an earlier run, whose bytes are in the data file already. Pieces come in order."""
+        """Append a piece of an earlier run, whose bytes are in the data file. Pieces come in order."""
         self._nodes += piece.graph.node
         self._inputs += piece.graph.input
         self._outputs += piece.graph.output

@@ -82,7 +82,7 @@ class LayeredEngine(TorchEngine):
             _drop(module)
 
     def normed(self, hidden: Floats, seen: Callable[[str, torch.Tensor], None] | None = None) -> Floats:
-        """The final norm of hidden states [n, H]; `seen` is called with the head's name and this, its input."""
+        """The final norm of hidden states [n, H]; `seen` is called with the head's name and input."""
         norm = self._inner.language_model.norm
         self._fill(norm)
         with torch.inference_mode():
@@ -147,7 +147,7 @@ def _adapt(model: nn.Module, weights: WeightStore) -> None:
         name = linears.get(f"{path}.weight")
         if name is None:
             raise ModelError(
-                f"{weights.adapter_dir}: adapts {path}, which the model doesn't have; give this model's adapter"
+                f"{weights.adapter_dir}: adapts {path}, which isn't in the model; give this model's adapter"
             )
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)

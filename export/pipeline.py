@@ -23,7 +23,8 @@ from crab_edge.errors import CrabError, DependencyError, InputError, ModelError
 from crab_edge.features import FeatureConfig
 from crab_edge.manifest import AdapterInfo, Manifest, ModelInfo, Recipe
 from crab_edge.prompt import PromptBuilder
-from crab_edge.shape import AdapterShape, ModelShape, eight_bit_block, from_config, shape_info
+from crab_edge.shape import AdapterShape, ModelShape, from_config, shape_info
+from crab_edge.sizes import eight_bit_block
 
 from . import parity, preflight, reference
 from .decoder import ROOT, decoder_widths, head_dim
@@ -108,8 +109,8 @@ def _disk(out: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(out.parent).free
         raise CrabError(
-            f"{out.parent}: the disk is full ({free / 1e9:.1f} GB left) and the bundle isn't finished; make room "
-            f"and run the same command again to go on, or remove {out.parent / f'.{out.name}.export'}"
+            f"{out.parent}: the disk is full ({free / 1e9:.1f} GB left) and the bundle isn't finished; make "
+            f"room and run the same command again to go on, or remove {out.parent / f'.{out.name}.export'}"
         ) from None
 
 
@@ -289,7 +290,7 @@ class _Job:
         )
 
     def shape(self, weights: WeightStore) -> ModelShape:
-        """What `crab_edge.shape` needs to count bytes. Encoders whose experts are all zero have none."""
+        """What `crab_edge.sizes` needs to count bytes. Encoders whose experts are all zero have none."""
         adapter, known = weights.adapter_config, None
         if adapter:
             used = set(weights.adapted()) - set(weights.zero_linears)

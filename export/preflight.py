@@ -8,7 +8,8 @@ from pathlib import Path
 
 from crab_edge.errors import InputError
 from crab_edge.memory import available_bytes
-from crab_edge.shape import ModelShape, WeightRecipe, data_bytes, graph_bytes, tensors
+from crab_edge.shape import ModelShape
+from crab_edge.sizes import WeightRecipe, data_bytes, graph_bytes, tensors, tower_parameters
 
 from .examples import ExampleSet
 from .precision import Precision
@@ -31,7 +32,7 @@ class Needs:
 
 
 def recipe_of(precision: Precision) -> WeightRecipe:
-    """The precision as `crab_edge.shape` counts it."""
+    """The precision as `crab_edge.sizes` counts it."""
     return WeightRecipe(
         precision.bits,
         precision.block,
@@ -73,7 +74,7 @@ def needs(shape: ModelShape, precision: Precision, whole: bool, watch: bool, exa
         peak = max(peak, layer + states + moments, writing + linear + 6 * 8 * width**2)
         work += moments
     if whole:
-        parameters = shape.decoder_parameters + sum(shape.tower_parameters.values())
+        parameters = shape.decoder_parameters + sum(tower_parameters(shape).values())
         model = 4 * (parameters + shape.layers * shape.layer_adapter_parameters)
         decoder = _loaded(graph_bytes(entries["decoder"]))
         peak = max(peak, model + states, running + decoder) + _ANSWERS
@@ -93,7 +94,7 @@ def check(need: Needs, work: Workspace) -> None:
     if missing > free:
         raise InputError(
             f"{work.folder.parent}: the export needs {missing / 1e9:.2f} GB of disk (the bundle "
-            f"{need.bundle / 1e9:.2f}, the work beside it {need.work / 1e9:.2f}, {done / 1e9:.2f} there already), "
+            f"{need.bundle / 1e9:.2f}, the work beside it {need.work / 1e9:.2f}, {done / 1e9:.2f} there), "
             f"but {free / 1e9:.2f} GB are free; make room or choose another --out"
         )
     memory = available_bytes()

@@ -57,7 +57,7 @@ class StoredMoments(Mapping[str, NDArray[np.float32]]):
 
 
 def watches(method: str, inputs: str, bits: int) -> bool:
-    """Whether inputs are watched: noise says nothing about which channels matter, float graphs need nothing."""
+    """Whether inputs are watched: noise doesn't say which channels matter, and float graphs need nothing."""
     return method != "rtn" and inputs != "synthetic" and bits != 32
 
 

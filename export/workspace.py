@@ -111,7 +111,7 @@ class Workspace:
                 entry.unlink()
 
     def entry(self, step: str) -> dict[str, Any] | None:
-        """What a finished step noted, or None. Files that it left are as they were, else it isn't finished."""
+        """What a finished step noted, or None. If files that it left changed, it isn't finished."""
         entry = self._steps.get(step)
         if entry is None:
             return None
@@ -127,8 +127,8 @@ class Workspace:
         note: dict[str, Any] | None = None,
         files: dict[str, tuple[int, int, str]] | None = None,
     ) -> None:
-        """Note a finished step. files: path in the folder -> begin, end and sha256 of the bytes it wrote; they
-        must be on the disk.
+        """Note a finished step. files: path in the folder -> begin, end and sha256 of the bytes it wrote; they must
+        be on the disk.
         """
         self._steps[step] = {"note": note or {}, "files": files or {}}
         content = {"identity": self.identity, "steps": self._steps}

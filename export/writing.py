@@ -79,7 +79,7 @@ class Files:
         return sum(name.split()[0] == kind for name, _ in units)
 
     def _verified(self, graph: str) -> int:
-        """Leading steps whose files are as the journal says. Later ones stand on them, so they don't count."""
+        """Leading steps whose files are as the journal says. Later ones stand on them and don't count."""
         units = self._graphs[graph][2].units()
         for count, (step, _) in enumerate(units):
             if self.work.entry(f"{graph} {step}") is None:

@@ -1,4 +1,4 @@
-"""The arithmetic of `crab_edge.shape` against files that the exporter wrote, byte by byte."""
+"""The arithmetic of `crab_edge.sizes` against files that the exporter wrote, byte by byte."""
 
 import numpy as np
 import onnx
@@ -6,7 +6,8 @@ import pytest
 from crab_edge_export import export_bundle
 
 from crab_edge.bundle import Bundle
-from crab_edge.shape import data_bytes, of_manifest, parts, read_shape, recipe_for, tensors
+from crab_edge.shape import read_shape
+from crab_edge.sizes import data_bytes, of_manifest, parts, recipe_for, tensors
 from tests.tiny_model import make_tiny_model_dir
 
 CASES = {

@@ -6,7 +6,8 @@ import pytest
 
 from crab_edge.errors import InputError
 from crab_edge.plan import Wish, nearest, plan, prefill_chunk
-from crab_edge.shape import KNOWN, recipe_for
+from crab_edge.shape import KNOWN
+from crab_edge.sizes import recipe_for
 
 GB = 1_000_000_000
 SEVEN = KNOWN["7b"]
