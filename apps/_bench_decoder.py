@@ -111,7 +111,7 @@ class RandomLinears(LinearWriter):
     """Writes random codes and scales instead of rounding weights."""
 
     def _quantise(self, name: str, weight: Any, bits: int, energy: Any) -> QTensor:
-        return _random_tensor(name, weight.shape, bits, self.precision.block_of(bits))
+        return _random_tensor(name, weight.shape, bits, self.precision.block)
 
     def head(self, x: str, weights: Any, name: str, out: str, *, bits: int) -> str:
         return self.plain(x, weights.linear(name), out, bits=bits)

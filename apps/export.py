@@ -36,7 +36,12 @@ def command(
             "of it in memory and compare on the prompts; auto: answers for small models."
         ),
     ] = "auto",
-    kv: Annotated[str, typer.Option("--kv", help="Type of the KV cache: float32 or float16.")] = "float32",
+    kv: Annotated[
+        str,
+        typer.Option(
+            "--kv", help="Type of the KV cache: float32, float16, or auto: float16 for wide models."
+        ),
+    ] = "auto",
     media: Annotated[
         list[Path] | None,
         typer.Option(

@@ -188,8 +188,8 @@ def nearest(
     """The plan closest to `wish` that fits, and what was changed; None when nothing does.
 
     Tried in the order of what a user notices least: encoders closed before the decoder opens, a cache of half
-    precision, a wider block, a shorter window with its share of the frames, fewer frames. `fixed`: the bundle is
-    made, so that its recipe and cache stay.
+    precision, a wider block, a shorter window with its share of the frames, fewer frames. `fixed`: the bundle
+    is made, so that its recipe and cache stay.
     """
     for changed_recipe, changed_wish, changes in _steps(recipe, wish, fixed):
         found = plan(shape, changed_recipe, changed_wish)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from crab_edge_calibration import QuantisationReport
@@ -22,6 +22,7 @@ from crab_edge.bundle import Bundle, BundleWriter
 from crab_edge.errors import CrabError, DependencyError, InputError, ModelError
 from crab_edge.features import FeatureConfig
 from crab_edge.manifest import AdapterInfo, Manifest, ModelInfo, Recipe
+from crab_edge.plan import WIDE
 from crab_edge.prompt import PromptBuilder
 from crab_edge.shape import AdapterShape, ModelShape, from_config, shape_info
 from crab_edge.sizes import eight_bit_block
@@ -52,7 +53,7 @@ def export_bundle(
     block: int = 32,
     accuracy_level: int = 4,
     experts: str = "auto",
-    kv_dtype: KVType = "float32",
+    kv_dtype: KVType | Literal["auto"] = "auto",
     method: str = "auto",
     compare: str = "auto",
     calibration_media: Media | None = None,
@@ -63,6 +64,7 @@ def export_bundle(
 
     bits: 4, 8 or 32 (float graphs); block: weights per scale; accuracy_level: 4 computes products on int8
     activations, 0 on float32; experts: how an adapter's experts are stored (see `Precision`).
+    kv_dtype: type of the KV cache; "auto" is float16 in models wider than 2048, else float32.
     method: "auto" rounds 4-bit weights with error feedback where the inputs are real, "rtn" to nearest.
     calibration_media: clips on which inputs are watched and the bundle is compared with the float model; of
     several clips the last quarter serves for comparing only. Without them the packaged clip or synthetic
@@ -91,6 +93,10 @@ def export_bundle(
         with Workspace(place.out, identity) as work:
             need = preflight.needs(job.shape(weights), precision, whole, watch, examples)
             preflight.check(need, work)
+            if work.restarted:
+                job.say("starting over: the inputs or options of the interrupted export were others")
+            elif work.resumed:
+                job.say(f"going on with an interrupted export: {work.resumed} steps are done")
             run = _Run(job, weights, precision, examples, work, watch)
             with BundleWriter(out, overwrite=overwrite, folder=work.bundle) as writer:
                 manifest = run.whole(writer) if whole else run.layers(writer)
@@ -254,6 +260,11 @@ class _Job:
                 f"{2 * sound.n_window}; they belong to different models"
             )
 
+    def say(self, what: str) -> None:
+        """Tell what is going on beside the steps."""
+        if self._progress is not None:
+            self._progress(what, 0.0)
+
     def plan(self, steps: int) -> None:
         """How many steps there are."""
         self._steps = steps
@@ -271,12 +282,16 @@ class _Job:
         return step
 
     def precision(
-        self, weights: WeightStore, bits: int, block: int, accuracy_level: int, experts: str, kv_dtype: KVType
+        self, weights: WeightStore, bits: int, block: int, accuracy_level: int, experts: str, kv_dtype: str
     ) -> Precision:
         adapter = weights.adapter_config
         ranks = int(adapter["r"]) * int(adapter["num_experts"]) if adapter else 0
         widths = decoder_widths(self.config.text_config, ranks) if adapter else []
         config = self.config
+        if kv_dtype not in ("auto", "float32", "float16"):
+            raise InputError(f"--kv: expected auto, float32 or float16, got {kv_dtype!r}")
+        wider = config.text_config.hidden_size > WIDE
+        cache: Any = ("float16" if wider else "float32") if kv_dtype == "auto" else kv_dtype
         towers = (config.vision_config.hidden_size, config.audio_config.d_model)
         wide = eight_bit_block(bits, block, [config.text_config.hidden_size, *towers])
         return choose(
@@ -285,7 +300,7 @@ class _Job:
             block=block,
             accuracy_level=accuracy_level,
             experts=experts,
-            kv_dtype=kv_dtype,
+            kv_dtype=cache,
             block8=None if wide == block else wide,
         )
 

@@ -127,8 +127,9 @@ class Workspace:
         note: dict[str, Any] | None = None,
         files: dict[str, tuple[int, int, str]] | None = None,
     ) -> None:
-        """Note a finished step. files: path in the folder -> begin, end and sha256 of the bytes it wrote; they must
-        be on the disk.
+        """Note a finished step. files: path in the folder -> begin, end and sha256 of the bytes it wrote.
+
+        They must be on the disk.
         """
         self._steps[step] = {"note": note or {}, "files": files or {}}
         content = {"identity": self.identity, "steps": self._steps}
