@@ -20,6 +20,7 @@ from crab_edge.engines.torch import TorchEngine
 from crab_edge.errors import ModelError
 from crab_edge.ilora.torch_layer import ILoRALinear
 
+from .linear import row_blocks
 from .weights import WeightStore, canonical
 
 Floats = NDArray[np.float32]
@@ -56,7 +57,7 @@ class LayeredEngine(TorchEngine):
     def embed(self, ids: NDArray[np.int64]) -> Floats:
         """Token ids int64 [S] -> embeddings float32 [S, H], read row by row."""
         name = "language_model.embed_tokens.weight"
-        rows = {int(i): self.weights.part(name, int(i), int(i) + 1)[0] for i in np.unique(ids)}
+        rows = {int(i): self.weights.rows(name, int(i), int(i) + 1)[0] for i in np.unique(ids)}
         return np.stack([rows[int(i)] for i in ids])
 
     def forward(self, embeds: Floats, position_ids: NDArray[np.int64]) -> Floats:
@@ -100,7 +101,7 @@ class LayeredEngine(TorchEngine):
         rows, width = self.weights.shape(name)
         out = np.empty((len(normed), rows), np.float32)
         done = 0
-        for part in self.weights.rows(name, max(1, _HEAD_WEIGHTS // width)):
+        for part in row_blocks(self.weights, name, max(1, _HEAD_WEIGHTS // width)):
             out[:, done : done + len(part)] = normed @ part.T
             done += len(part)
         return out

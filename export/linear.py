@@ -62,7 +62,7 @@ class LinearWriter:
         n, k = weights.shape(f"{name}.weight")
         graph, path = self.graph, "lm_head"
         rows = max(1, _HEAD_WEIGHTS // k)
-        read = weights.rows(f"{name}.weight", rows)
+        read = row_blocks(weights, f"{name}.weight", rows)
         if bits == 32:
             # Transposed, rows would be columns: a float graph keeps them and multiplies by the transpose.
             graph.stream(f"{path}.weight", np.float32, (n, k), read)
@@ -192,6 +192,13 @@ class LinearWriter:
     def _product(self, name: str, x: str, weight: QTensor, out: str, bias: Floats | None) -> str:
         level = self.precision.accuracy_level
         return self.graph.matmul_nbits(name, x, weight, out, accuracy_level=level, bias=bias)
+
+
+def row_blocks(weights: WeightStore, name: str, count: int) -> Iterator[Floats]:
+    """A weight in blocks of `count` rows or fewer, one after the other: for what is too large to hold."""
+    rows = weights.shape(name)[0]
+    for begin in range(0, rows, count):
+        yield weights.rows(name, begin, min(rows, begin + count))
 
 
 def join_columns(parts: Sequence[QTensor]) -> QTensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -189,15 +188,9 @@ class WeightStore:
         """Shape of a base weight."""
         return self._stored(self._base, name, self.model_dir).shape
 
-    def rows(self, name: str, count: int) -> Iterator[Floats]:
-        """A base weight as float32 [count or fewer, ...], part after part: for what is too big to hold."""
-        for start in range(0, self.shape(name)[0], count):
-            yield self.part(name, start, start + count)
-
-    def part(self, name: str, start: int, stop: int) -> Floats:
-        """Rows start..stop of a base weight as float32; nothing else of it is read."""
-        stored = self._stored(self._base, name, self.model_dir)
-        return stored.read(start, min(stop, stored.shape[0]))
+    def rows(self, name: str, begin: int, end: int) -> Floats:
+        """Rows begin..end of a base weight as float32; nothing else of it is read."""
+        return self._stored(self._base, name, self.model_dir).read(begin, end)
 
     def adapter_array(self, name: str) -> Floats:
         """One of the adapter's own weights as float32."""

@@ -20,7 +20,7 @@ from crab_edge.memory import give_back
 from .audio import AudioExporter
 from .decoder import ROOT, DecoderExporter
 from .graph import GraphBuilder, Piece
-from .linear import LinearWriter, Moments
+from .linear import LinearWriter, Moments, row_blocks
 from .precision import Precision
 from .vision import VisionExporter
 from .weights import WeightStore
@@ -156,7 +156,7 @@ class Files:
                     digest.update(content)
                     file.write(content)
 
-                for block in self.weights.rows(name, step):
+                for block in row_blocks(self.weights, name, step):
                     if self.precision.embedding_bits == 32:
                         put(block)
                         continue
