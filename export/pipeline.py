@@ -313,7 +313,8 @@ class _Job:
         media: Media | None,
     ) -> dict[str, Any]:
         """What the work depends on: inputs, options, version."""
-        names = ("config.json", "tokenizer.json", "features.json", "card.json")
+        processors = ("preprocessor_config.json", "processor_config.json")
+        names = ("config.json", "tokenizer.json", "features.json", "card.json", *processors)
         files = [*weights.files(), *(self.model_dir / name for name in names)]
         if self.adapter_dir is not None:
             files.append(self.adapter_dir / "adapter_config.json")
