@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from crab_edge import results as result_types
 from crab_edge import tasks
 from crab_edge.avuie import Split, TestRecord
 from crab_edge.errors import BundleError, CrabError, DependencyError, EngineError, InputError
-from crab_edge.results import Mask, Result, results_to_json
+from crab_edge.results import Mask, results_from_json, results_to_json
 from crab_edge.tasks.base import Parsed
 from crab_edge.tasks.scoring import Prediction
 
@@ -182,28 +181,14 @@ def collect(split: Split, rows: Mapping[str, Row]) -> list[tuple[TestRecord, Pre
 def prediction_of(truth: Parsed, fields: Mapping[str, Any], row: Row, folder: Path | None) -> Prediction:
     """A line as a prediction. Lines of other programs have `predict` alone: no timing, ten seconds a clip."""
     own = row.get(OWN, {})
-    masks = tuple(item for item in _results_from_json(own.get("masks", [])) if isinstance(item, Mask))
+    masks = tuple(item for item in results_from_json(own.get("masks", [])) if isinstance(item, Mask))
     return Prediction(
         truth=truth,
         text=None if "error" in own else str(row["predict"]),
         record=fields,
         duration_s=float(fields.get("duration") or own.get("duration_s") or 10.0),
         seconds=float(own.get("seconds", 0.0)),
-        parsed=_results_from_json(own["parsed"]) if "parsed" in own else None,
+        parsed=results_from_json(own["parsed"]) if "parsed" in own else None,
         masks=masks,
         folder=folder,
     )
-
-
-def _results_from_json(items: list[Row]) -> tuple[Result, ...]:
-    names = ("Event", "Box", "Points", "Mask", "Choice", "Caption", "Unparsed")
-    kinds = {name.lower(): getattr(result_types, name) for name in names}
-    found = []
-    for item in items:
-        given = {name: value for name, value in item.items() if name != "type"}
-        if item["type"] == "mask":
-            given["counts"] = tuple(given["counts"])
-        elif item["type"] == "points":
-            given["xy"] = tuple((x, y) for x, y in given["xy"])
-        found.append(kinds[item["type"]](**given))
-    return tuple(found)

@@ -40,13 +40,22 @@ def command(
     ask: Annotated[
         bool, typer.Option("--ask", help="Time `ask` on a clip instead, cold start included.")
     ] = False,
+    batch: Annotated[
+        bool,
+        typer.Option(
+            "--batch", help="Time `analyze` against a loop that shares nothing, two and five tasks."
+        ),
+    ] = False,
+    clips: Annotated[int, typer.Option(min=1, help="With --batch: clips of ten seconds to make.")] = 200,
     media: Annotated[
         list[Path] | None, typer.Option(help="With --ask: the clip's files; default: the packaged clip.")
     ] = None,
     task: Annotated[str, typer.Option(help="With --ask: the task.")] = "ave",
     bundle: Annotated[
         Path | None,
-        typer.Option("--bundle", "-b", help="For --ask and --grammar's cost; default: the packaged one."),
+        typer.Option(
+            "--bundle", "-b", help="For --ask, --batch, --grammar's cost; default: the packaged one."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the tables.")] = False,
 ) -> None:
@@ -62,6 +71,9 @@ def command(
             print(json.dumps(timed))
         else:
             _bench_ask.show(timed)
+        return
+    if batch:
+        _batch(clips, bundle, threads, as_json)
         return
     try:
         from crab_edge_apps._bench_decoder import SHAPES
@@ -98,6 +110,31 @@ def command(
     for result in results:
         if result.get("problems"):
             raise CrabError(f"bench {result['shape']}: {'; '.join(result['problems'])}")
+
+
+def _batch(clips: int, bundle: Path | None, threads: int, as_json: bool) -> None:
+    """`analyze` against the naive loop; CheckError names the bars that were missed."""
+    from crab_edge_apps import _bench_batch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from crab_edge.errors import CheckError
+
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("clips, naive loop, whole runs")
+        result = _bench_batch.measure(
+            clips,
+            bundle,
+            threads,
+            lambda done, of: progress.update(bar, completed=done, total=of),
+        )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _bench_batch.show(result)
+    missed = _bench_batch.problems(result)
+    if missed:
+        raise CheckError(f"bench --batch: {'; '.join(missed)}")
 
 
 def _grammar(bundle: Path | None, as_json: bool) -> list[dict[str, Any]]:

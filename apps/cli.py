@@ -31,6 +31,7 @@ EXTRAS = {
     "segment": ("cv2",),
     "demo": ("gradio",),
     "grammar": ("llguidance",),
+    "ray": ("ray",),
 }
 INTRODUCTION = "Ask audio-visual language models about clips, on this machine."
 

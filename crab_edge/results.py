@@ -6,8 +6,8 @@ Events have times of their own. Any other result of a clip that was cut into win
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -153,3 +153,24 @@ def results_to_json(results: Sequence[Result]) -> list[dict[str, Any]]:
             del fields["window"]
         out.append({"type": type(result).__name__.lower(), **fields})
     return out
+
+
+def results_from_json(items: Iterable[Mapping[str, Any]]) -> tuple[Result, ...]:
+    """The typed results that `results_to_json` made the dictionaries of; other fields are passed over.
+
+    Raises KeyError or TypeError for dictionaries of another shape.
+    """
+    kinds: dict[str, Any] = {
+        kind.__name__.lower(): kind for kind in (Event, Box, Points, Mask, Choice, Caption, Unparsed)
+    }
+    found = []
+    for item in items:
+        kind = kinds[item["type"]]
+        given = {entry.name: item[entry.name] for entry in fields(kind) if entry.name in item}
+        for name, value in given.items():
+            if isinstance(value, list):
+                given[name] = tuple(value)
+        if kind is Points:
+            given["xy"] = tuple((x, y) for x, y in given["xy"])
+        found.append(kind(**given))
+    return tuple(found)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from crab_edge_apps import _bench_ask, bench
+from crab_edge_apps import _bench_ask, _bench_batch, _bench_clips, bench
 from crab_edge_apps._bench_decoder import (
     DecoderShape,
     RandomLinears,
@@ -11,6 +11,7 @@ from crab_edge_apps._bench_decoder import (
     write_decoder,
 )
 
+from crab_edge.clip import Clip
 from tests import media
 from tests.shared_bundle import shared_tiny_bundle
 
@@ -60,3 +61,34 @@ def test_ask_is_timed_in_its_own_process(tmp_path):
     assert result["rounds"] == 1 and result["min_s"] == result["max_s"] == result["median_s"]
     assert result["timings"]["total_s"] < result["median_s"]
     assert result["peak_bytes"] > 10e6
+
+
+def test_a_batch_is_compared_with_a_loop_that_shares_nothing(monkeypatch):
+    """Every figure of the table is there and the answers are the same; ratios depend on the machine."""
+    monkeypatch.setattr(_bench_clips, "SECONDS", 1.5)
+    monkeypatch.setattr(_bench_batch, "MAX_NEW_TOKENS", 4)
+    result = _bench_batch.measure(2, shared_tiny_bundle(), 1)
+    assert [one["tasks"] for one in result["shared"]] == [list(_bench_batch.TWO), list(_bench_batch.FIVE)]
+    for one in result["shared"]:
+        assert one["answers_equal"] and one["ratio"] == one["naive_s"] / one["batch_s"]
+        assert one["prefixes_filled"] == 2, "one prefix a clip"
+        assert 1 < one["bound"] < len(one["tasks"]) and one["bound"] < one["bound_decoding_free"]
+    assert result["restart"]["passed"] and result["restart"]["rows"] == 10
+    assert 0 < result["restart"]["rows_when_killed"] <= 10
+    assert result["memory"]["one_clip_bytes"] > 10e6
+    slow = result["shared"][0] | {"passed": False}
+    missed = _bench_batch.problems(
+        result | {"shared": [slow], "memory": result["memory"] | {"passed": False}}
+    )
+    assert len(missed) == 2 and "2 tasks" in missed[0] and "memory" in missed[1]
+
+
+def test_clips_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(_bench_clips, "SECONDS", 1.0)
+    paths = _bench_clips.write_clips(tmp_path, 3)
+    contents = []
+    for path in paths:
+        with Clip.open([path]) as clip:
+            assert clip.duration_s == pytest.approx(1.0, abs=0.15) and clip.audios
+            contents.append((clip.videos[0].frames(4).tobytes(), clip.audios[0].waveform().tobytes()))
+    assert len({pictures for pictures, _ in contents}) == len({sound for _, sound in contents}) == 3
