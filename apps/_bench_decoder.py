@@ -127,6 +127,9 @@ class RandomLinears(LinearWriter):
     def _quantise(self, name: str, weight: Any, bits: int, energy: Any) -> QTensor:
         return _random_tensor(name, weight.shape, bits, self.precision.block)
 
+    def head(self, x: str, weights: Any, name: str, out: str, *, bits: int) -> str:
+        return self.plain(x, weights.linear(name), out, bits=bits)
+
     def _planes(self, name: str, up: Any, count: int) -> list[QTensor]:
         bits, block = self.precision.bits, self.precision.block
         return [_random_tensor(f"{name}.{i}", up.shape, bits, block) for i in range(count)]

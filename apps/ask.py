@@ -37,6 +37,19 @@ def command(
     ] = None,
     engine: Annotated[str, typer.Option("--engine", "-e", help="Engine that runs the bundle.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all there are.")] = None,
+    window: Annotated[
+        float,
+        typer.Option(
+            help="Seconds of the windows that longer clips are cut into, 10 to 60; `plan` says what fits."
+        ),
+    ] = 10.0,
+    low_memory: Annotated[
+        bool | None,
+        typer.Option(
+            "--low-memory/--keep-encoders",
+            help="Close the encoders before the decoder opens; default: where memory is short.",
+        ),
+    ] = None,
     max_minutes: Annotated[float, typer.Option(help="Refuse longer clips; `analyze` takes any.")] = 10.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     grammar: Annotated[
@@ -73,7 +86,8 @@ def command(
     from crab_edge_apps import render
     from crab_edge_apps._text import printable
 
-    session = _open(media, kinds, bundle, engine, threads, max_minutes)
+    how = {"threads": threads, "low_memory": low_memory}
+    session = _open(media, kinds, bundle, engine, how, max_minutes, window)
     model = session.model
     how: dict[str, Any] = {"max_new_tokens": max_tokens, "grammar": grammar, "router": router is not None}
     if question is not None and len(names) <= 1 and not as_json:
@@ -117,15 +131,16 @@ def _open(
     kinds: dict[Path, str],
     bundle: Path | None,
     engine: str,
-    threads: int | None,
+    how: dict[str, Any],
     max_minutes: float,
+    window_s: float,
 ) -> Session:
     import crab_edge
     from crab_edge.clip import Clip
 
     # The clip first: its errors are the likelier ones.
     clip = Clip.open(media, kinds=kinds, max_minutes=max_minutes)
-    return crab_edge.load(bundle, engine, threads=threads).open(clip)
+    return crab_edge.load(bundle, engine, **how).open(clip, window_s=window_s)
 
 
 def _answers(session: Session, question: str | None, names: list[str], how: dict[str, Any]) -> list[Answer]:

@@ -29,7 +29,19 @@ def command(
         str,
         typer.Option(help="auto: 4-bit weights rounded with error feedback on the --media; rtn: to nearest."),
     ] = "auto",
-    kv: Annotated[str, typer.Option("--kv", help="Type of the KV cache: float32 or float16.")] = "float32",
+    compare: Annotated[
+        str,
+        typer.Option(
+            help="answers: run the float model whole and compare along its answers; layers: hold one layer "
+            "of it in memory and compare on the prompts; auto: answers for small models."
+        ),
+    ] = "auto",
+    kv: Annotated[
+        str,
+        typer.Option(
+            "--kv", help="Type of the KV cache: float32, float16, or auto: float16 for wide models."
+        ),
+    ] = "auto",
     media: Annotated[
         list[Path] | None,
         typer.Option(
@@ -40,7 +52,10 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
 ) -> None:
-    """Quantise MODEL with ADAPTER and publish a bundle at OUT, compared with the float model."""
+    """Quantise MODEL with ADAPTER and publish a bundle at OUT, compared with the float model.
+
+    An export that was interrupted goes on when the same command is given again.
+    """
     import warnings
 
     # transformers announces its own renames; nobody here can act on them.
@@ -54,6 +69,7 @@ def command(
         "experts": experts,
         "kv_dtype": kv,
         "method": method,
+        "compare": compare,
         "calibration_media": clips or None,
         "overwrite": overwrite,
     }
@@ -103,11 +119,13 @@ def _report(path: Path, as_json: bool) -> None:
             "bundle": str(path),
             "size": manifest.total_size,
             "recipe": recipe.model_dump(),
+            "parts": _parts(manifest),
             "parity": parity,
         }
         print(json.dumps(record, ensure_ascii=False))
         return
     print(f"{path}  {model.name}, {recipe.name}, {manifest.total_size / 1e6:.1f} MB")
+    _print_parts(manifest)
     if model.adapter is not None:
         used = model.adapter.adapted_linears - model.adapter.zero_linears
         idle = f", {model.adapter.zero_linears} all-zero ones left out" if model.adapter.zero_linears else ""
@@ -122,3 +140,20 @@ def _report(path: Path, as_json: bool) -> None:
         f"{parity['positions']} positions: greedy agreement {parity['greedy_agreement']:.1%}, "
         f"logit error {parity['logits_error']['mean']:.1%}"
     )
+    if parity.get("compared", "").startswith("layer"):
+        print(f"  ({parity['compared']})")
+
+
+def _parts(manifest: Any) -> dict[str, dict[str, int]] | None:
+    from crab_edge.sizes import of_manifest, parts
+
+    found = of_manifest(manifest)
+    return None if found is None else parts(*found)
+
+
+def _print_parts(manifest: Any) -> None:
+    """Where the bundle's bytes are."""
+    from crab_edge_apps._sizes import part_lines
+
+    for line in part_lines(_parts(manifest) or {}):
+        print(f"  {line}")

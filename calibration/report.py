@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_CHUNK_WEIGHTS = 1 << 22
+
 
 @dataclass(frozen=True)
 class LinearError:
@@ -41,10 +43,17 @@ class QuantisationReport:
         method: str = "rtn",
     ) -> float:
         """Record one weight [N, K]; moment: mean of x x^T [K, K], or its diagonal [K]. Returns the error."""
-        norm = _energy(weight, moment)
-        error = float(np.sqrt(_energy(weight - quantised, moment) / norm)) if norm > 0 else 0.0
-        self.linears.append(LinearError(name, bits, weight.size, error, method))
-        return error
+        running = self.start(name, bits, moment, method)
+        rows = max(1, _CHUNK_WEIGHTS // max(1, weight.shape[1]))
+        for begin in range(0, len(weight), rows):
+            running.add(weight[begin : begin + rows], quantised[begin : begin + rows])
+        return running.finish()
+
+    def start(
+        self, name: str, bits: int, moment: NDArray[np.float32] | None = None, method: str = "rtn"
+    ) -> RunningError:
+        """The same for a weight that comes in blocks of rows: `add` them, then `finish`."""
+        return RunningError(self, name, bits, moment, method)
 
     def summary(self, worst: int = 3) -> dict[str, Any]:
         """By number of bits: how many weights, by which methods, the mean error (by tensor), the worst."""
@@ -60,6 +69,35 @@ class QuantisationReport:
                 "worst": {entry.name: round(entry.error, 6) for entry in ranked[:worst]},
             }
         return out
+
+
+class RunningError:
+    """The error of one weight, summed over its rows."""
+
+    def __init__(
+        self,
+        report: QuantisationReport,
+        name: str,
+        bits: int,
+        moment: NDArray[np.float32] | None,
+        method: str,
+    ) -> None:
+        self._report, self._name, self._bits, self._moment, self._method = report, name, bits, moment, method
+        self._norm = self._moved = 0.0
+        self._weights = 0
+
+    def add(self, weight: NDArray[np.float32], quantised: NDArray[np.float32]) -> None:
+        """Rows [n, K] and what became of them."""
+        self._norm += _energy(weight, self._moment)
+        self._moved += _energy(weight - quantised, self._moment)
+        self._weights += weight.size
+
+    def finish(self) -> float:
+        """Record the weight; returns its error."""
+        error = float(np.sqrt(self._moved / self._norm)) if self._norm > 0 else 0.0
+        entry = LinearError(self._name, self._bits, self._weights, error, self._method)
+        self._report.linears.append(entry)
+        return error
 
 
 def _energy(weight: NDArray[np.float32], moment: NDArray[np.float32] | None) -> float:

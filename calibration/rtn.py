@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from numpy.typing import NDArray
 
-from crab_edge.lowbit import QTensor, pack, pad_columns
+from crab_edge.lowbit import QTensor, n_blocks, pack, pad_columns
 
 # Fractions of the block's largest magnitude that the outermost code may stand for. At 4 bits clipping the
 # extremes often pays; at 8 bits the grid is so fine that it hardly ever does.
 _CLIPPING = {4: np.linspace(0.60, 1.0, 17), 8: np.linspace(0.98, 1.0, 3)}
 _CHUNK_WEIGHTS = 1 << 20
+_THREADS = 4
 
 
 def quantize_rtn(
@@ -32,16 +36,22 @@ def quantize_rtn(
     if not np.isfinite(weight).all():
         raise ValueError("the weights hold values that aren't finite")
     n, k = weight.shape
-    padded = pad_columns(weight, block)
-    blocks = padded.shape[1]
+    blocks = n_blocks(k, block)
     importance = None if energy is None else relative_energy(energy, blocks, block)
 
-    codes = np.empty(padded.shape, np.uint8)
+    codes = np.empty((n, blocks, block), np.uint8)
     scales = np.empty((n, blocks), np.float32)
     rows = max(1, _CHUNK_WEIGHTS // (blocks * block))
-    for start in range(0, n, rows):
+
+    def quantise(start: int) -> None:
         part = slice(start, start + rows)
-        codes[part], scales[part] = search_scales(padded[part], bits, importance)
+        padded = pad_columns(weight[part], block)
+        codes[part], scales[part] = search_scales(padded, bits, importance)
+
+    # Rows don't depend on each other, and numpy lets go of the interpreter while it computes.
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(quantise, range(0, n, rows)):
+            pass
     return pack(codes, scales, bits, block, k)
 
 

@@ -17,12 +17,15 @@ class InputMoments:
     """Running means of x x^T, or of its diagonal only, by module name."""
 
     def __init__(self, full: Wanted) -> None:
+        self.enabled = True
         self._full = full
         self._sums: dict[str, torch.Tensor] = {}
         self._rows: dict[str, int] = {}
 
     def add(self, name: str, x: torch.Tensor) -> None:
-        """Count inputs [..., K] of the linear `name`."""
+        """Count inputs [..., K] of the linear `name`, unless `enabled` is off."""
+        if not self.enabled:
+            return
         rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
         total = rows.T @ rows if self._full(name, rows.shape[1]) else rows.square().sum(dim=0)
         self._sums[name] = self._sums[name] + total if name in self._sums else total

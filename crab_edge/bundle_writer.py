@@ -24,17 +24,22 @@ class BundleWriter:
             writer.path("decoder.onnx").write_bytes(...)
             writer.commit(manifest)
 
-    Without `commit`, or on an exception, nothing is left and `out` is as it was. Raises InputError if `out`
-    exists and `overwrite` is false, or if it exists and isn't a bundle.
+    Without `commit`, or on an exception, nothing is left and `out` is as it was. With `folder`, an existing
+    folder beside `out`, the files go there and stay there when something fails: its owner cleans up. Raises
+    InputError if `out` exists and `overwrite` is false, or if it exists and isn't a bundle.
     """
 
-    def __init__(self, out: str | Path, overwrite: bool = False) -> None:
+    def __init__(self, out: str | Path, overwrite: bool = False, folder: Path | None = None) -> None:
         self.out = Path(out).expanduser().absolute()
         self.overwrite = overwrite
+        self._given = folder
         self._folder: Path | None = None
 
     def __enter__(self) -> BundleWriter:
-        self._check_place()
+        self.check_place()
+        if self._given is not None:
+            self._folder = self._given
+            return self
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
@@ -51,11 +56,12 @@ class BundleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._folder is not None:
+        if self._folder is not None and self._given is None:
             shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._folder = None
 
-    def _check_place(self) -> None:
+    def check_place(self) -> None:
+        """Raises InputError if nothing may be published at `out`."""
         if not self.out.exists() and not self.out.is_symlink():
             return
         if not self.overwrite:
@@ -110,7 +116,7 @@ class BundleWriter:
 
     def _publish(self, folder: Path) -> None:
         """Renames `folder` to `out`; an old bundle steps aside first and comes back if that fails."""
-        self._check_place()
+        self.check_place()
         if not self.out.exists():
             os.rename(folder, self.out)
             return

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from crab_edge.errors import EngineError, InputError
+from crab_edge.plan import prefill_chunk
 from crab_edge.positions import next_position, tmrope
 from crab_edge.prompt import MediaItem
 from crab_edge.resolved import Part, Shown, Spent
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     Encoded = tuple[MediaItem, NDArray[np.float32]]
     """A medium's placeholders and their embeddings [tokens, H]."""
 
-PREFILL_CHUNK = 1024
 KEPT_ENCODINGS = 8
 MEDIA = ("video", "image", "audio")
 
@@ -144,8 +144,9 @@ class Generator:
     def _forward(self, embeds: NDArray[np.float32], positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """embeds [S, H], positions [3, S], in chunks; logits [V] of the last token."""
         logits = None
-        for begin in range(0, len(embeds), PREFILL_CHUNK):
-            chunk = slice(begin, begin + PREFILL_CHUNK)
+        step = prefill_chunk(embeds.shape[1])
+        for begin in range(0, len(embeds), step):
+            chunk = slice(begin, begin + step)
             logits = self.engine.forward(embeds[None, chunk], positions[:, None, chunk])
         assert logits is not None
         return logits

@@ -33,6 +33,21 @@ class AdapterInfo(_Strict):
     zero_linears: int = Field(ge=0, default=0)
 
 
+class ShapeInfo(_Strict):
+    """Sizes that the runtime doesn't need but planning does: `crab_edge.shape` reads them.
+
+    `vision` and `audio` by the names of their configurations; `tower_adapters`: whether the encoders' experts
+    do anything.
+    """
+
+    intermediate_size: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    tied: bool = False
+    vision: dict[str, int]
+    audio: dict[str, int]
+    tower_adapters: bool = True
+
+
 class ModelInfo(_Strict):
     """Identity and sizes of the decoder; `max_positions` bounds prompt plus answer, in tokens.
 
@@ -53,6 +68,7 @@ class ModelInfo(_Strict):
     labels: list[str] | None = None
     tasks: list[str] | None = None
     eos_ids: list[int] = Field(min_length=1)
+    shape: ShapeInfo | None = None
 
     @field_validator("question_templates")
     @classmethod
@@ -78,6 +94,8 @@ class Recipe(_Strict):
     embedding_bits: Literal[8, 32]
     tower_bits: int
     kv_dtype: Literal["float32", "float16"]
+    block8: int | None = None
+    """Weights that share a scale in the 8-bit parts; None: `block`."""
 
 
 class Graphs(_Strict):

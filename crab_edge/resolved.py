@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from crab_edge.errors import InputError, TaskError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from crab_edge.engines import Engine
 
 WINDOW_S = 10.0
+LONGEST_WINDOW_S = 60.0
 SHORTEST_STRIDE_S = 1.0
 ABOUT_A_SECOND = 24_000  # samples
 
@@ -43,11 +44,33 @@ def check_stride(stride_s: float | None) -> None:
         )
 
 
-def windows(clip: Clip, recipe: MediaRecipe, stride_s: float | None = None) -> list[Window | None]:
+def widened(recipe: MediaRecipe, window_s: float, duration_s: float) -> MediaRecipe:
+    """The recipe for windows of `window_s` instead of 10 s: as many frames a second, so 60 in a minute.
+
+    Recipes that show a clip as a whole stay as they are.
+    """
+    if not recipe.windowed or window_s == WINDOW_S:
+        return recipe
+    shown = min(window_s, max(duration_s, WINDOW_S))
+    return replace(recipe, frames=max(2, round(recipe.frames * shown / WINDOW_S)))
+
+
+def check_window(window_s: float) -> None:
+    """InputError for windows that are shorter than the model's own or longer than was ever tried."""
+    if not WINDOW_S <= window_s <= LONGEST_WINDOW_S:
+        raise InputError(
+            f"windows of {window_s:g} s: expected {WINDOW_S:g} s, which the model was trained on, to "
+            f"{LONGEST_WINDOW_S:g} s"
+        )
+
+
+def windows(
+    clip: Clip, recipe: MediaRecipe, stride_s: float | None = None, window_s: float = WINDOW_S
+) -> list[Window | None]:
     """The windows that a recipe cuts the clip into; [None] is the clip as a whole."""
     if not recipe.windowed:
         return [None]
-    cut = clip.windows(WINDOW_S, stride_s)
+    cut = clip.windows(window_s, stride_s)
     return list(cut) if len(cut) > 1 else [None]
 
 

@@ -21,7 +21,20 @@ from crab_edge.clip import Clip, Window
 from crab_edge.errors import CrabError, InputError, TaskError
 from crab_edge.generate import Generator
 from crab_edge.guide import guide
-from crab_edge.resolved import Spent, check_stride, context, heard, misfit, resolve, streams, unused, windows
+from crab_edge.resolved import (
+    WINDOW_S,
+    Spent,
+    check_stride,
+    check_window,
+    context,
+    heard,
+    misfit,
+    resolve,
+    streams,
+    unused,
+    widened,
+    windows,
+)
 from crab_edge.results import Answer
 from crab_edge.tasks import MediaRecipe, Task
 
@@ -37,17 +50,25 @@ WINDOWS_AHEAD = 30
 
 
 def load(
-    bundle: str | Path | Bundle | None = None, engine: str | Engine = "auto", *, threads: int | None = None
+    bundle: str | Path | Bundle | None = None,
+    engine: str | Engine = "auto",
+    *,
+    threads: int | None = None,
+    low_memory: bool | None = None,
 ) -> Model:
     """Opens a bundle (default: the one in the package) on an engine.
 
+    low_memory: encoders are closed before the decoder runs, and opened again for the next media; None lets
+    the engine decide.
     Raises BundleError, DependencyError, EngineError or InputError, each with one line that says what to do.
     """
     if bundle is None:
         bundle = default_bundle()
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    running = engines.create(engine, opened, threads=threads) if isinstance(engine, str) else engine
-    return Model(opened, running)
+    if not isinstance(engine, str):
+        return Model(opened, engine)
+    options = {} if low_memory is None else {"low_memory": low_memory}
+    return Model(opened, engines.create(engine, opened, threads=threads, **options))
 
 
 class Model:
@@ -67,12 +88,14 @@ class Model:
         kinds: Mapping[Path, str] | None = None,
         max_minutes: float | None = 10.0,
         stride_s: float | None = None,
+        window_s: float = WINDOW_S,
     ) -> Session:
         """Opens one clip: a media file, or several that belong together (an image and its sound).
 
         `kinds` forces a file's kind ("video", "image", "audio"), as pairs (path, kind) in a list do.
         Longer clips than `max_minutes` are refused. `stride_s`: windows of a long clip start so many seconds
-        apart (default: their length, 10 s). Raises MediaError or InputError.
+        apart (default: their length). `window_s`: their length, 10 s (what models are trained on) to 60; a
+        longer window shows as many frames a second. Raises MediaError or InputError.
         """
         if len(media) == 1 and isinstance(media[0], Clip):
             clip = media[0]
@@ -85,7 +108,7 @@ class Model:
             clip = Clip.open(paths, kinds=kinds, max_minutes=max_minutes)
         if isinstance(self.engine, engines.Warmable):
             self.engine.warm(vision=bool(clip.videos or clip.images), audio=bool(clip.audios))
-        return Session(self, clip, stride_s=stride_s)
+        return Session(self, clip, stride_s=stride_s, window_s=window_s)
 
     def analyze(self, paths: Iterable[str | Path], tasks: Sequence[str], **options: Any) -> Iterator[Row]:
         """Many clips, lazily: a row for each clip and task, errors as rows. See `crab_edge.batch.analyze`."""
@@ -153,11 +176,15 @@ class Stream:
 class Session:
     """One clip, ready for questions. `clip` is what was decoded, `notices` what is odd about it."""
 
-    def __init__(self, model: Model, clip: Clip, *, stride_s: float | None = None) -> None:
+    def __init__(
+        self, model: Model, clip: Clip, *, stride_s: float | None = None, window_s: float = WINDOW_S
+    ) -> None:
         check_stride(stride_s)
+        check_window(window_s)
         self.model = model
         self.clip = clip
         self.stride_s = stride_s
+        self.window_s = window_s
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -282,7 +309,11 @@ class Session:
         reason = misfit(self.clip, task)
         if reason is not None:
             raise TaskError(f"{reason}; {self._hint()}")
-        recipe = task.recipe_for(streams(self.clip))
+        recipe = self._recipe(task)
+        if grammar and recipe.windowed and self.window_s > WINDOW_S:
+            raise InputError(
+                f"--grammar knows answers about windows of {WINDOW_S:g} s; leave out it or the longer window"
+            )
         notices = [f"task {task.name} doesn't use the clip's {kind}" for kind in unused(self.clip, recipe)]
         if recipe.units and any(heard(recipe, audio.waveform(), frame)[1] for audio in self.clip.audios):
             notices.append(
@@ -306,6 +337,12 @@ class Session:
         how = (limit, cancelled, notices, frame, grammar, router)
         return Asked(task, recipe, self.clip, instruction, question, *how)
 
+    def _recipe(self, task: Task) -> MediaRecipe:
+        return widened(task.recipe_for(streams(self.clip)), self.window_s, self.clip.duration_s)
+
+    def _windows(self, recipe: MediaRecipe) -> list[Window | None]:
+        return windows(self.clip, recipe, self.stride_s, self.window_s)
+
     def _hint(self) -> str:
         names = [task.name for task in self.applicable()]
         return f"tasks that apply: {', '.join(names)}" if names else "no task applies to this clip"
@@ -316,8 +353,8 @@ class Session:
         Long sound that a task hears as a whole is left for its turn: that of several clips would fill the
         memory.
         """
-        recipes = [tasks.get(name).recipe_for(streams(self.clip)) for name in names]
-        plan = [(recipe, windows(self.clip, recipe, self.stride_s)) for recipe in dict.fromkeys(recipes)]
+        recipes = [self._recipe(tasks.get(name)) for name in names]
+        plan = [(recipe, self._windows(recipe)) for recipe in dict.fromkeys(recipes)]
         self._prefetch([(recipe, cut[:WINDOWS_AHEAD]) for recipe, cut in plan], Spent())
         for recipe, cut in plan:
             for audio in self.clip.audios[: recipe.audios]:
@@ -331,7 +368,7 @@ class Session:
         try:
             if any(asked.router for group in groups for asked in group):
                 tracer = self.model.traceable().tracer()
-            plan = [(group, windows(self.clip, group[0].recipe, self.stride_s)) for group in groups]
+            plan = [(group, self._windows(group[0].recipe)) for group in groups]
             ahead = [(group[0].recipe, cut[:WINDOWS_AHEAD]) for group, cut in plan]
             self._prefetch(ahead, groups[0][0].spent)
             for group, cut in plan:

@@ -7,6 +7,8 @@ the tokens they'd make are dropped at the end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,16 @@ class AudioExporter:
 
     def write(self, tick: Tick = lambda: None) -> None:
         """All nodes, inputs and output."""
+        for _, make in self.units():
+            make()
+            tick()
+
+    def units(self) -> list[tuple[str, Callable[[], None]]]:
+        """The graph in steps; see `DecoderExporter.units`."""
+        layers = [(f"layer {i}", partial(self._layer, i)) for i in range(self.config.encoder_layers)]
+        return [("start", self._start), *layers, ("pooling", self._pool)]
+
+    def _start(self) -> None:
         graph, config = self.graph, self.config
         graph.input("mel", FLOAT, ["chunks", config.num_mel_bins, self.frames])
         graph.input("lengths", INT64, ["chunks"])
@@ -63,15 +75,20 @@ class AudioExporter:
         tokens = graph.node("Div", [kept, graph.constant([2])], f"{ROOT}.kept_tokens")
         frame_mask = self._below(self.frames, lengths, f"{ROOT}.frame_mask")
         self._below(self.states, kept, f"{ROOT}.key_mask", INT32)
+        self._below(self.tokens, tokens, f"{ROOT}.token_mask")
+        self._convolutions(frame_mask)
 
-        x = self._convolutions(frame_mask)
-        for i in range(config.encoder_layers):
-            x = self._layer(f"layers.{i}", x)
-            tick()
+    def carried(self, i: int) -> str:
+        """What layer i reads: the states [C, 100, d_model] that the layers before it left."""
+        return f"{ROOT}.layers.{i - 1}.residual" if i else f"{ROOT}.embedded"
+
+    def _pool(self) -> None:
+        graph, config = self.graph, self.config
+        x = self.carried(config.encoder_layers)
         x = graph.reshape(x, [0, self.tokens, 2, config.d_model], f"{ROOT}.pairs")
         x = graph.node("ReduceMean", [x, graph.constant([2])], f"{ROOT}.avg_pooler", keepdims=0)
         x = self._linear(self._norm(x, "ln_post"), "proj")
-        self._drop_padding(x, self._below(self.tokens, tokens, f"{ROOT}.token_mask"))
+        self._drop_padding(x, f"{ROOT}.token_mask")
 
     def _below(self, count: int, lengths: str, out: str, kind: int = FLOAT) -> str:
         """[C, count] of `kind`: 1 where the position is below the chunk's length, else 0."""
@@ -80,7 +97,7 @@ class AudioExporter:
         inside = graph.node("Less", [places, lengths], f"{out}.bool")
         return graph.node("Cast", [inside], out, to=kind)
 
-    def _convolutions(self, frame_mask: str) -> str:
+    def _convolutions(self, frame_mask: str) -> None:
         graph = self.graph
         x = self._convolution("mel", "conv1", 1)
         mask = graph.reshape(frame_mask, [0, 1, self.frames], f"{ROOT}.frame_mask.column")
@@ -88,7 +105,7 @@ class AudioExporter:
         x = self._convolution(x, "conv2", 2)
         x = graph.node("Transpose", [x], f"{ROOT}.by_time", perm=[0, 2, 1])
         table = graph.weight(f"{ROOT}.positional_embedding", sinusoids(self.states, self.config.d_model))
-        return graph.node("Add", [x, table], f"{ROOT}.embedded")
+        graph.node("Add", [x, table], self.carried(0))
 
     def _convolution(self, x: str, path: str, stride: int) -> str:
         """Kernel 3, padding 1, then GELU. Convolutions stay float."""
@@ -100,7 +117,8 @@ class AudioExporter:
         graph.node("Conv", [x, *weights], name, kernel_shape=[3], pads=[1, 1], strides=[stride])
         return graph.node("Gelu", [name], f"{name}.gelu")
 
-    def _layer(self, path: str, x: str) -> str:
+    def _layer(self, i: int) -> None:
+        path, x = f"layers.{i}", self.carried(i)
         graph, full = self.graph, f"{ROOT}.{path}"
         normed = self._norm(x, f"{path}.self_attn_layer_norm")
         names = [f"{full}.self_attn.{part}_proj" for part in "qkv"]
@@ -117,7 +135,7 @@ class AudioExporter:
         x = graph.node("Add", [x, mixed], f"{full}.self_attn.residual")
         hidden = self._linear(self._norm(x, f"{path}.final_layer_norm"), f"{path}.fc1")
         hidden = graph.node("Gelu", [hidden], f"{full}.activation_fn")
-        return graph.node("Add", [x, self._linear(hidden, f"{path}.fc2")], f"{full}.residual")
+        graph.node("Add", [x, self._linear(hidden, f"{path}.fc2")], f"{full}.residual")
 
     def _drop_padding(self, x: str, mask: str) -> None:
         """Keeps the rows [C, tokens] whose mask is 1, in order."""

@@ -7,6 +7,9 @@ Inputs and outputs are the bundle's contract: `inputs_embeds` [1, S, H], `positi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +21,7 @@ from .precision import Precision
 from .weights import WeightStore
 
 ROOT = "language_model"
+LAST_TOKEN = f"{ROOT}.last_token"
 _END = np.iinfo(np.int64).max
 
 
@@ -87,6 +91,21 @@ class DecoderExporter:
 
     def write(self, tick: Tick = lambda: None) -> None:
         """All nodes, inputs and outputs."""
+        for _, make in self.units():
+            make()
+            tick()
+
+    def units(self) -> list[tuple[str, Callable[[], None]]]:
+        """The graph in steps, to be made in this order: what comes before the layers, each layer, the head.
+
+        A step needs the names of those before it, not their values, so a step of an earlier run can be
+        replayed.
+        """
+        count = self.config.num_hidden_layers
+        layers = [(f"layer {i}", partial(self._layer, i)) for i in range(count)]
+        return [("start", self._start), *layers, ("head", self._finish)]
+
+    def _start(self) -> None:
         config, graph = self.config, self.graph
         graph.input("inputs_embeds", FLOAT, [1, "S", config.hidden_size])
         graph.input("position_ids", INT64, [3, 1, "S"])
@@ -95,30 +114,37 @@ class DecoderExporter:
         graph.output("logits", FLOAT, [1, 1, config.vocab_size])
         self._rotary()
         first = self._norm_weight("layers.0.input_layernorm")
-        hidden = graph.node(
+        graph.node(
             "SimplifiedLayerNormalization",
             ["inputs_embeds", first],
             f"{ROOT}.layers.0.input_layernorm",
             axis=-1,
             epsilon=config.rms_norm_eps,
         )
-        residual = "inputs_embeds"
-        for i in range(config.num_hidden_layers):
-            hidden, residual = self._layer(i, hidden, residual)
-            tick()
+
+    def carried(self, i: int) -> tuple[str, str]:
+        """What layer i reads of the layers before it: its normed input, and the residual.
+
+        i = number of layers: the final norm's output, and the residual that nobody needs any more.
+        """
+        count = self.config.num_hidden_layers
+        hidden = f"{ROOT}.norm" if i == count else f"{ROOT}.layers.{i}.input_layernorm"
+        return hidden, f"{hidden}.residual" if i else "inputs_embeds"
+
+    def _finish(self) -> None:
+        graph = self.graph
         last = graph.node(
             "Slice",
-            [hidden, graph.constant([-1]), graph.constant([_END]), graph.constant([1])],
-            f"{ROOT}.last_token",
+            [
+                self.carried(self.config.num_hidden_layers)[0],
+                graph.constant([-1]),
+                graph.constant([_END]),
+                graph.constant([1]),
+            ],
+            LAST_TOKEN,
         )
-        self.linears.plain(last, self._head(), "logits", bits=self.head_bits)
-
-    def _head(self):
-        from .weights import Linear
-
-        if "lm_head.weight" in self.weights:
-            return self.weights.linear("lm_head")
-        return Linear("lm_head", self.weights.array(f"{ROOT}.embed_tokens.weight"), None)
+        name = "lm_head" if "lm_head.weight" in self.weights else f"{ROOT}.embed_tokens"
+        self.linears.head(last, self.weights, name, "logits", bits=self.head_bits)
 
     def _rotary(self) -> None:
         """cos and sin [S, D/2] of this call's positions, once for all layers."""
@@ -141,9 +167,9 @@ class DecoderExporter:
             num_heads=heads,
         )
 
-    def _layer(self, i: int, hidden: str, residual: str) -> tuple[str, str]:
-        """One layer: its normed input and the residual -> the same of the next layer."""
+    def _layer(self, i: int) -> None:
         graph, path, config = self.graph, f"{ROOT}.layers.{i}", self.config
+        hidden, residual = self.carried(i)
         attention, mlp = f"{path}.self_attn", f"{path}.mlp"
         names = [f"{attention}.{part}_proj" for part in "qkv"]
         self.linears.group(f"{attention}.qkv", hidden, [self.weights.linear(name) for name in names], names)
@@ -163,8 +189,7 @@ class DecoderExporter:
 
         last = i + 1 == config.num_hidden_layers
         norm = "norm" if last else f"layers.{i + 1}.input_layernorm"
-        out = f"{ROOT}.{norm}"
-        return out, self._skip_norm(middle, f"{mlp}.down_proj", norm, out, keep=not last)
+        self._skip_norm(middle, f"{mlp}.down_proj", norm, f"{ROOT}.{norm}", keep=not last)
 
     def _attention(self, i: int, path: str, names: list[str]) -> str:
         graph = self.graph

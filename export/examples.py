@@ -79,7 +79,7 @@ def _from_clips(media: Media) -> tuple[Example, ...]:
     from crab_edge.clip import Clip
 
     examples: list[Example] = []
-    for files in _clips(media):
+    for files in clips_of(media):
         examples += _of_clip(Clip.open(files), "+".join(Path(file).name for file in files))
     if not examples:
         raise InputError(
@@ -88,7 +88,8 @@ def _from_clips(media: Media) -> tuple[Example, ...]:
     return tuple(examples)
 
 
-def _clips(media: Media) -> Iterator[list[Path]]:
+def clips_of(media: Media) -> Iterator[list[Path]]:
+    """The files of each clip."""
     for entry in media:
         if not isinstance(entry, (str, Path)):
             yield [Path(file) for file in entry]

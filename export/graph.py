@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,8 +28,22 @@ FLOAT, FLOAT16, INT32, INT64, BOOL = (
     TensorProto.INT64,
     TensorProto.BOOL,
 )
-_ALIGNMENT = 4096
-_INLINE_BYTES = 1024
+ALIGNMENT = 4096
+INLINE_BYTES = 1024
+_SHARED = "constant."
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to a graph: its nodes and weights, and the data bytes that it wrote.
+
+    begin, end: offsets in the data file; sha256: of the bytes between them.
+    """
+
+    graph: onnx.GraphProto
+    begin: int
+    end: int
+    sha256: str
 
 
 class GraphBuilder:
@@ -46,6 +63,70 @@ class GraphBuilder:
         self._outputs: list[onnx.ValueInfoProto] = []
         self._data_path = data
         self._data: BinaryIO | None = None
+        self._mark = (0, 0, 0, 0, 0)
+        self._digest = hashlib.sha256()
+
+    @property
+    def data_path(self) -> Path | None:
+        """Where large weights go, or None when they stay in the model file."""
+        return self._data_path
+
+    def piece(self) -> Piece:
+        """What was added since the last call (or `replay`). Its data are on the disk when this returns, and
+        out of memory.
+        """
+        nodes, weights, inputs, outputs, begin = self._mark
+        graph = helper.make_graph(
+            self._nodes[nodes:],
+            self.name,
+            self._inputs[inputs:],
+            self._outputs[outputs:],
+            list(self._weights.values())[weights:],
+        )
+        end = self._settle()
+        piece = Piece(graph, begin, end, self._digest.hexdigest())
+        self._set_mark(end)
+        return piece
+
+    def replay(self, piece: Piece) -> None:
+        """Append a piece of an earlier run, whose bytes are in the data file. Pieces come in order."""
+        self._nodes += piece.graph.node
+        self._inputs += piece.graph.input
+        self._outputs += piece.graph.output
+        for tensor in piece.graph.initializer:
+            self._weights[tensor.name] = tensor
+            if tensor.name.startswith(_SHARED):
+                self._shared[_key(self._value(tensor))] = tensor.name
+        if self._data_path is not None and piece.end:
+            if self._data is None:
+                self._data = self._data_path.open("r+b")
+            self._data.seek(piece.end)
+        self._set_mark(piece.end)
+
+    def tensor(self, name: str) -> onnx.TensorProto | None:
+        """The weight `name` as it lies in the graph: with its values, or with its place in the data file."""
+        return self._weights.get(name)
+
+    def _set_mark(self, end: int) -> None:
+        counts = (len(self._nodes), len(self._weights), len(self._inputs), len(self._outputs))
+        self._mark = (*counts, end)
+        self._digest = hashlib.sha256()
+
+    def _settle(self) -> int:
+        """Bring the data file to the disk and let the kernel forget its pages; returns its length."""
+        if self._data is None:
+            return 0
+        # An earlier run may have left a torn end.
+        self._data.truncate()
+        self._data.flush()
+        os.fdatasync(self._data.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._data.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return self._data.tell()
+
+    def _value(self, tensor: onnx.TensorProto) -> NDArray[Any]:
+        base = "" if self._data_path is None else str(self._data_path.parent)
+        return numpy_helper.to_array(tensor, base)
 
     def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
         """A graph input; strings in `shape` are dynamic axes."""
@@ -62,7 +143,7 @@ class GraphBuilder:
         if name in self._weights:
             raise ValueError(f"weight {name} is written twice")
         value = np.ascontiguousarray(value)
-        if self._data_path is None or value.nbytes < _INLINE_BYTES:
+        if self._data_path is None or value.nbytes < INLINE_BYTES:
             self._weights[name] = numpy_helper.from_array(value, name)
         else:
             self._weights[name] = self._external(name, value)
@@ -71,9 +152,9 @@ class GraphBuilder:
     def constant(self, value: NDArray[Any] | Sequence[Any], dtype: Any = np.int64) -> str:
         """A small initializer, shared by all users of the same value."""
         array = np.asarray(value, dtype)
-        key = (array.dtype.str, array.shape, array.tobytes())
+        key = _key(array)
         if key not in self._shared:
-            self._shared[key] = self.weight(f"constant.{len(self._shared)}", array)
+            self._shared[key] = self.weight(f"{_SHARED}{len(self._shared)}", array)
         return self._shared[key]
 
     def node(
@@ -116,9 +197,30 @@ class GraphBuilder:
         `name.scales`.
         """
         n, k = weight.shape
-        inputs = [x, self.weight(f"{name}.weight", weight.q), self.weight(f"{name}.scales", weight.scales)]
+        self.weight(f"{name}.weight", weight.q)
+        self.weight(f"{name}.scales", weight.scales)
         if bias is not None:
-            inputs += ["", "", self.weight(f"{name}.bias", bias)]
+            self.weight(f"{name}.bias", bias)
+        sizes = {"n": n, "k": k, "bits": weight.bits, "block": weight.block}
+        return self.low_bit_product(
+            name, x, out, **sizes, accuracy_level=accuracy_level, bias=bias is not None
+        )
+
+    def low_bit_product(
+        self,
+        name: str,
+        x: str,
+        out: str,
+        *,
+        n: int,
+        k: int,
+        bits: int,
+        block: int,
+        accuracy_level: int,
+        bias: bool = False,
+    ) -> str:
+        """The MatMulNBits node over `name.weight`, `name.scales` and, with `bias`, `name.bias`."""
+        inputs = [x, f"{name}.weight", f"{name}.scales", *(["", "", f"{name}.bias"] if bias else [])]
         return self.node(
             "MatMulNBits",
             inputs,
@@ -126,8 +228,8 @@ class GraphBuilder:
             domain=MICROSOFT,
             N=n,
             K=k,
-            bits=weight.bits,
-            block_size=weight.block,
+            bits=bits,
+            block_size=block,
             accuracy_level=accuracy_level,
         )
 
@@ -159,15 +261,20 @@ class GraphBuilder:
     def save(self, path: Path) -> None:
         """Check the model and write it to `path`; `data` must lie in the same folder."""
         if self._data is not None:
+            self._settle()
             self._data.close()
             self._data = None
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, list(self._weights.values())
         )
-        used = {node.op_type for node in self._nodes if node.domain == CRAB}
+        onnx.save(self.model(graph), str(path))
+
+    def model(self, graph: onnx.GraphProto) -> onnx.ModelProto:
+        """`graph`, the whole or a cut of this one, as a model with the functions that it uses."""
+        used = {node.op_type for node in graph.node if node.domain == CRAB}
         imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         imports += [helper.make_opsetid(CRAB, 1)] if used else []
-        model = helper.make_model(
+        return helper.make_model(
             graph,
             functions=[body for name, body in self._functions.items() if name in used],
             opset_imports=imports,
@@ -175,21 +282,59 @@ class GraphBuilder:
             producer_name="crab-edge",
             producer_version=crab_edge.__version__,
         )
-        onnx.save(model, str(path))
+
+    def stream(self, name: str, dtype: Any, shape: Sequence[int], rows: Iterable[NDArray[Any]]) -> str:
+        """An initializer that comes in blocks of rows, in order: with a data file, one block is in memory.
+
+        Raises ValueError unless the blocks fill `shape`.
+        """
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if self._data_path is None or size < INLINE_BYTES:
+            return self.weight(name, np.concatenate(list(rows)).astype(dtype).reshape(shape))
+        if name in self._weights:
+            raise ValueError(f"weight {name} is written twice")
+        offset, written = self._align(), 0
+        for block in rows:
+            written += self._write(np.ascontiguousarray(block, dtype))
+        if written != size:
+            raise ValueError(f"weight {name} needs {size} bytes for {list(shape)}, got {written}")
+        self._weights[name] = self._reference(name, dtype, shape, offset, size)
+        return name
 
     def _external(self, name: str, value: NDArray[Any]) -> onnx.TensorProto:
+        offset = self._align()
+        self._write(value)
+        return self._reference(name, value.dtype, value.shape, offset, value.nbytes)
+
+    def _align(self) -> int:
+        """Fill the data file up to a page; returns the offset."""
         assert self._data_path is not None
         if self._data is None:
             self._data = self._data_path.open("wb")
-        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
-        offset = self._data.tell()
-        self._data.write(memoryview(value).cast("B"))
+        self._write(np.zeros(-self._data.tell() % ALIGNMENT, np.uint8))
+        return self._data.tell()
+
+    def _write(self, value: NDArray[Any]) -> int:
+        assert self._data is not None
+        view = memoryview(value.reshape(-1)).cast("B")
+        self._digest.update(view)
+        self._data.write(view)
+        return view.nbytes
+
+    def _reference(
+        self, name: str, dtype: Any, shape: Sequence[int], offset: int, size: int
+    ) -> onnx.TensorProto:
+        assert self._data_path is not None
         tensor = TensorProto(
             name=name,
-            data_type=helper.np_dtype_to_tensor_dtype(value.dtype),
-            dims=value.shape,
+            data_type=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)),
+            dims=shape,
             data_location=TensorProto.EXTERNAL,
         )
-        for key, entry in (("location", self._data_path.name), ("offset", offset), ("length", value.nbytes)):
+        for key, entry in (("location", self._data_path.name), ("offset", offset), ("length", size)):
             tensor.external_data.add(key=key, value=str(entry))
         return tensor
+
+
+def _key(array: NDArray[Any]) -> tuple[Any, ...]:
+    return (array.dtype.str, array.shape, array.tobytes())

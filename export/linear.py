@@ -6,21 +6,24 @@ The operator's two identities carry it: linears that share x stack their A and R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from crab_edge_calibration import QuantisationReport, quantize_gptq, quantize_planes, quantize_rtn
 from numpy.typing import NDArray
 
 from crab_edge.ilora import onnx_functions
-from crab_edge.lowbit import QTensor, dequantize
+from crab_edge.lowbit import QTensor, dequantize, n_blocks
 
 from .graph import GraphBuilder
 from .precision import PLANES, Precision
-from .weights import Adapter, Floats, Linear
+from .weights import Adapter, Floats, Linear, WeightStore
 
 Moments = Mapping[str, NDArray[np.float32]]
 Tick = Callable[[], None]
+_WEIGHTED = "rtn weighted by input energy"
+# Weights of the head that are in memory at a time.
+_HEAD_WEIGHTS = 1 << 23
 
 
 class LinearWriter:
@@ -42,6 +45,8 @@ class LinearWriter:
         self.precision = precision
         self.report = report
         self.moments = moments or {}
+        # Those that no node uses are left out when the graph is saved.
+        graph.add_functions(onnx_functions.functions(precision.adapter_bits))
 
     def plain(self, x: str, linear: Linear, out: str, *, bits: int | None = None) -> str:
         """`out = W x + b` at `bits` (default: the precision's own)."""
@@ -49,6 +54,41 @@ class LinearWriter:
         if bits == 32:
             return self.graph.matmul(linear.path, x, linear.weight, out, bias=linear.bias)
         return self._product(linear.path, x, self._base(linear, bits), out, linear.bias)
+
+    def head(self, x: str, weights: WeightStore, name: str, out: str, *, bits: int) -> str:
+        """`out = W x` with the weight `name`, which is read and written in blocks of rows: it may be the
+        largest of the model.
+        """
+        n, k = weights.shape(f"{name}.weight")
+        graph, path = self.graph, "lm_head"
+        rows = max(1, _HEAD_WEIGHTS // k)
+        read = row_blocks(weights, f"{name}.weight", rows)
+        if bits == 32:
+            # Transposed, rows would be columns: a float graph keeps them and multiplies by the transpose.
+            graph.stream(f"{path}.weight", np.float32, (n, k), read)
+            turned = graph.node("Transpose", [f"{path}.weight"], f"{path}.weight.transposed", perm=[1, 0])
+            return graph.node("MatMul", [x, turned], out)
+        block = self.precision.block_of(bits)
+        energy = self.moments.get(path)
+        scales = np.empty((n, n_blocks(k, block)), np.float32)
+        error = self.report.start(path, bits, energy, "rtn" if energy is None else _WEIGHTED)
+
+        def quantised() -> Iterator[NDArray[np.uint8]]:
+            done = 0
+            for part in read:
+                stored = quantize_rtn(part, bits, block, energy)
+                scales[done : done + len(part)] = stored.scales
+                error.add(part, dequantize(stored))
+                done += len(part)
+                yield stored.q
+
+        shape = (n, n_blocks(k, block), block * bits // 8)
+        graph.stream(f"{path}.weight", np.uint8, shape, quantised())
+        error.finish()
+        graph.weight(f"{path}.scales", scales)
+        return graph.low_bit_product(
+            path, x, out, n=n, k=k, bits=bits, block=block, accuracy_level=self.precision.accuracy_level
+        )
 
     def single(self, x: str, linear: Linear, out: str) -> str:
         """One linear that shares its input with no other."""
@@ -111,9 +151,8 @@ class LinearWriter:
         self.graph.append(onnx_functions.experts_node(inputs, out, K=k, N=n, name=node, **self._attributes()))
 
     def _operand(self, node: str, weight: Floats, moment: NDArray[np.float32] | None) -> list[str]:
-        """The weight inputs of one of the operator's nodes; its function bodies join the model."""
+        """The weight inputs of one of the operator's nodes; its function bodies are in the graph."""
         bits = self.precision.adapter_bits
-        self.graph.add_functions(onnx_functions.functions(bits))
         if bits == 32:
             return [self.graph.weight(f"{node}.weight", weight)]
         stored = self._quantise(node, weight, bits, moment)
@@ -126,7 +165,8 @@ class LinearWriter:
         low = self.precision
         if low.adapter_bits == 32:
             return {"bits": 32}
-        return {"bits": low.adapter_bits, "block": low.block, "accuracy_level": low.accuracy_level}
+        block = low.block_of(low.adapter_bits)
+        return {"bits": low.adapter_bits, "block": block, "accuracy_level": low.accuracy_level}
 
     def _base(self, linear: Linear, bits: int) -> QTensor:
         return self._quantise(linear.path, linear.weight, bits, self.moments.get(linear.path))
@@ -139,19 +179,26 @@ class LinearWriter:
         return planes
 
     def _quantise(self, name: str, weight: Floats, bits: int, moment: NDArray[np.float32] | None) -> QTensor:
-        block = self.precision.block
+        block = self.precision.block_of(bits)
         if bits == 4 and moment is not None and moment.ndim == 2:
             stored, method = quantize_gptq(weight, bits, block, moment), "gptq"
         else:
             energy = np.diagonal(moment) if moment is not None and moment.ndim == 2 else moment
             stored = quantize_rtn(weight, bits, block, energy)
-            method = "rtn" if moment is None else "rtn weighted by input energy"
+            method = "rtn" if moment is None else _WEIGHTED
         self.report.add(name, bits, weight, dequantize(stored), moment, method)
         return stored
 
     def _product(self, name: str, x: str, weight: QTensor, out: str, bias: Floats | None) -> str:
         level = self.precision.accuracy_level
         return self.graph.matmul_nbits(name, x, weight, out, accuracy_level=level, bias=bias)
+
+
+def row_blocks(weights: WeightStore, name: str, count: int) -> Iterator[Floats]:
+    """A weight in blocks of `count` rows or fewer, one after the other: for what is too large to hold."""
+    rows = weights.shape(name)[0]
+    for begin in range(0, rows, count):
+        yield weights.rows(name, begin, min(rows, begin + count))
 
 
 def join_columns(parts: Sequence[QTensor]) -> QTensor:

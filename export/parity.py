@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from crab_edge.manifest import ModelInfo
     from crab_edge.prompt import PromptBuilder
 
+    from .prompts import Prompt
+
 Tick = Callable[[], None]
 # Answers to real prompts end by themselves; what follows noise is noise, and a little of it is enough.
 MAX_NEW_TOKENS = {"synthetic": 12}
@@ -115,27 +117,97 @@ def measure(
 ) -> dict[str, Any]:
     """The bundle along the float model's answers: errors of the encoders and logits, and greedy agreement."""
     errors: dict[str, list[float]] = {"vision": [], "audio": [], "logits": []}
-    agreed, first, positions = 0, 0, 0
+    same = []
     for example, wanted in zip(examples.examples, references, strict=True):
         got = trace(bundle, engine, example, len(wanted.tokens), forced=wanted.tokens)
         for kind in ("vision", "audio"):
             pairs = zip(getattr(got, kind), getattr(wanted, kind), strict=True)
             errors[kind] += [relative_error(ours, theirs) for ours, theirs in pairs]
         errors["logits"] += [relative_error(*pair) for pair in zip(got.logits, wanted.logits, strict=True)]
-        same = got.logits.argmax(axis=1) == wanted.logits.argmax(axis=1)
-        agreed, first, positions = agreed + int(same.sum()), first + int(same[0]), positions + len(same)
+        same.append(got.logits.argmax(axis=1) == wanted.logits.argmax(axis=1))
         tick()
+    names = [example.name for example in examples.examples]
+    report = _report(names, examples.inputs, same, errors, answer=0)
+    report["compared"] = "whole, on the float model's own answers"
+    report["engine"] = engine.describe()
+    return report
+
+
+def _report(
+    names: Sequence[str],
+    inputs: str,
+    same: list[NDArray[np.bool_]],
+    errors: dict[str, list[float]],
+    answer: int,
+) -> dict[str, Any]:
+    """same: by prompt and position, whether the likeliest tokens are the same; answer: the position that
+    chooses the answer's first token.
+    """
+    positions = sum(len(row) for row in same)
     report: dict[str, Any] = {
-        "inputs": examples.inputs,
-        "examples": [example.name for example in examples.examples],
+        "inputs": inputs,
+        "examples": list(names),
         "positions": positions,
-        "greedy_agreement": round(agreed / positions, 4),
-        "first_token_agreement": round(first / len(references), 4),
+        "greedy_agreement": round(sum(int(row.sum()) for row in same) / positions, 4),
+        "first_token_agreement": round(sum(int(row[answer]) for row in same) / len(same), 4),
     }
     for kind, values in errors.items():
         if values:
             report[f"{kind}_error"] = {"mean": _short(np.mean(values)), "worst": _short(max(values))}
-    report["engine"] = engine.describe()
+    return report
+
+
+def trace_arrays(traces: Sequence[Trace]) -> dict[str, NDArray[Any]]:
+    """Traces as named arrays, for a file."""
+    out: dict[str, NDArray[Any]] = {}
+    for i, entry in enumerate(traces):
+        out[f"{i}.tokens"], out[f"{i}.logits"] = np.array(entry.tokens, np.int64), entry.logits
+        for kind in ("vision", "audio"):
+            out |= {f"{i}.{kind}.{j}": rows for j, rows in enumerate(getattr(entry, kind))}
+    return out
+
+
+def traces_of(arrays: dict[str, NDArray[Any]], count: int) -> list[Trace]:
+    """The reverse of `trace_arrays`."""
+
+    def rows(prefix: str) -> tuple[NDArray[np.float32], ...]:
+        return tuple(arrays[f"{prefix}{j}"] for j in range(sum(n.startswith(prefix) for n in arrays)))
+
+    return [
+        Trace(
+            rows(f"{i}.vision."),
+            rows(f"{i}.audio."),
+            tuple(int(token) for token in arrays[f"{i}.tokens"]),
+            arrays[f"{i}.logits"],
+        )
+        for i in range(count)
+    ]
+
+
+def along_prompts(
+    names: Sequence[str],
+    inputs: str,
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    logits: tuple[Sequence[NDArray[np.float32]], Sequence[NDArray[np.float32]]],
+    layers: Sequence[float],
+) -> dict[str, Any]:
+    """The report of a model that was run layer by layer: (bundle's, float model's) prompts and logits.
+
+    No answers were generated. Logits are compared where the question's own text stands; the last of its
+    tokens chooses the answer's first. layers: mean error of the hidden states behind each layer.
+    """
+    errors: dict[str, list[float]] = {"vision": [], "audio": [], "logits": []}
+    for ours, theirs in zip(*prompts, strict=True):
+        for kind in ("vision", "audio"):
+            pairs = zip(getattr(ours, kind), getattr(theirs, kind), strict=True)
+            errors[kind] += [relative_error(*pair) for pair in pairs]
+    same = []
+    for ours_, theirs_ in zip(*logits, strict=True):
+        errors["logits"] += [relative_error(*pair) for pair in zip(ours_, theirs_, strict=True)]
+        same.append(ours_.argmax(axis=1) == theirs_.argmax(axis=1))
+    report = _report(names, inputs, same, errors, answer=-1)
+    report["compared"] = "layer by layer, on the questions' own text; no answers were generated"
+    report["layer_error"] = [_short(value) for value in layers]
     return report
 
 

@@ -36,6 +36,12 @@ class Precision:
     embedding_bits: Literal[8, 32] = 8
     tower_bits: int = 8
     kv_dtype: KVType = "float32"
+    block8: int | None = None
+    """Weights that share a scale in the 8-bit parts; None: `block`."""
+
+    def block_of(self, bits: int) -> int:
+        """Weights that share a scale at this many bits."""
+        return self.block8 or self.block if bits == 8 else self.block
 
     @property
     def name(self) -> str:
@@ -52,7 +58,7 @@ class Precision:
         experts: Experts = "float" if self.tower_bits == 32 else "unfolded8"
         return Precision(
             self.tower_bits,
-            self.block,
+            self.block_of(self.tower_bits),
             self.accuracy_level,
             experts,
             False,
@@ -69,6 +75,7 @@ def choose(
     accuracy_level: int = 4,
     experts: str = "auto",
     kv_dtype: KVType = "float32",
+    block8: int | None = None,
 ) -> Precision:
     """The precision for `--bits`, with `experts="auto"` resolved.
 
@@ -112,4 +119,4 @@ def choose(
             tower_bits=32,
             kv_dtype=kv_dtype,
         )
-    return Precision(bits, block, accuracy_level, chosen, kv_dtype=kv_dtype)  # type: ignore[arg-type]
+    return Precision(bits, block, accuracy_level, chosen, kv_dtype=kv_dtype, block8=block8)  # type: ignore[arg-type]

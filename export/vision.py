@@ -7,6 +7,8 @@ so each of the four windows is a run of 64 rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,6 +79,16 @@ class VisionExporter:
 
     def write(self, tick: Tick = lambda: None) -> None:
         """All nodes, input and output. The rows of a frame stay [T, 256, width] all the way."""
+        for _, make in self.units():
+            make()
+            tick()
+
+    def units(self) -> list[tuple[str, Callable[[], None]]]:
+        """The graph in steps; see `DecoderExporter.units`."""
+        blocks = [(f"block {i}", partial(self._block, i)) for i in range(self.config.depth)]
+        return [("start", self._start), *blocks, ("merger", self._merger)]
+
+    def _start(self) -> None:
         graph, config, grid = self.graph, self.config, self.grid
         width, unit = config.hidden_size, grid.cell_patches
         pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -87,12 +99,16 @@ class VisionExporter:
         x = self._linear(x, "patch_embed.proj")
         x = graph.reshape(x, [0, grid.cells, unit * width], f"{ROOT}.cells")
         x = graph.node("Gather", [x, graph.constant(grid.order)], f"{ROOT}.window_order", axis=1)
-        x = graph.reshape(x, [0, grid.patches, width], f"{ROOT}.windows")
-        for i in range(config.depth):
-            x = self._block(i, x)
-            tick()
-        x = self._norm(x, "merger.ln_q")
-        x = graph.reshape(x, [0, grid.cells, unit * width], f"{ROOT}.merger.cells")
+        graph.reshape(x, [0, grid.patches, width], self.carried(0))
+
+    def carried(self, i: int) -> str:
+        """What block i reads: the rows [T, 256, width] that the blocks before it left."""
+        return f"{ROOT}.blocks.{i - 1}.mlp.residual" if i else f"{ROOT}.windows"
+
+    def _merger(self) -> None:
+        graph, config, grid = self.graph, self.config, self.grid
+        x = self._norm(self.carried(config.depth), "merger.ln_q")
+        x = graph.reshape(x, [0, grid.cells, grid.cell_patches * config.hidden_size], f"{ROOT}.merger.cells")
         x = self._linear(x, "merger.mlp.0")
         x = graph.node("Gelu", [x], f"{ROOT}.merger.mlp.1")
         x = self._linear(x, "merger.mlp.2")
@@ -106,8 +122,8 @@ class VisionExporter:
         self.graph.weight(f"{ROOT}.rotary_pos_emb.cos", np.cos(angles))
         self.graph.weight(f"{ROOT}.rotary_pos_emb.sin", np.sin(angles))
 
-    def _block(self, i: int, x: str) -> str:
-        graph, path = self.graph, f"blocks.{i}"
+    def _block(self, i: int) -> None:
+        graph, path, x = self.graph, f"blocks.{i}", self.carried(i)
         normed = self._norm(x, f"{path}.norm1")
         mixed = self._attention(i, f"{path}.attn", normed)
         x = graph.node("Add", [x, mixed], f"{ROOT}.{path}.attn.residual")
@@ -119,7 +135,7 @@ class VisionExporter:
         act = graph.node("QuickGelu", [names[0]], f"{ROOT}.{path}.mlp.act_fn", domain=MICROSOFT, alpha=1.0)
         product = graph.node("Mul", [act, names[1]], f"{ROOT}.{path}.mlp.product")
         down = self._linear(product, f"{path}.mlp.down_proj")
-        return graph.node("Add", [x, down], f"{ROOT}.{path}.mlp.residual")
+        graph.node("Add", [x, down], f"{ROOT}.{path}.mlp.residual")
 
     def _attention(self, i: int, path: str, x: str) -> str:
         """Attention inside each window, or inside the frame for the blocks that say so."""

@@ -103,8 +103,8 @@ def available() -> list[str]:
     return [name for name in names() if importlib.util.find_spec(name) is not None]
 
 
-def create(name: str, bundle: Bundle, *, threads: int | None = None) -> Engine:
-    """Opens the engine `name` on a bundle; "auto" is ONNX Runtime.
+def create(name: str, bundle: Bundle, *, threads: int | None = None, **options: Any) -> Engine:
+    """Opens the engine `name` on a bundle; "auto" is ONNX Runtime. `options` are the engine's own.
 
     Raises InputError for a name that isn't there or for threads < 1, DependencyError when the engine's
     package isn't installed, EngineError when it can't run the bundle.
@@ -119,5 +119,5 @@ def create(name: str, bundle: Bundle, *, threads: int | None = None) -> Engine:
             f"engine {name} needs the package {name}; run `{INSTALL.get(name, 'pip install ' + name)}`"
         )
     module = importlib.import_module(f"{__name__}.{name}")
-    engine: Engine = module.create(bundle, threads=threads)
+    engine: Engine = module.create(bundle, threads=threads, **options)
     return engine

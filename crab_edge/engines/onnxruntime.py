@@ -15,6 +15,7 @@ import numpy as np
 
 from crab_edge.errors import BundleError, DependencyError, EngineError
 from crab_edge.manifest import COPY_AGAIN
+from crab_edge.memory import available_bytes, give_back, page_out
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,11 +26,19 @@ if TYPE_CHECKING:
 PROVIDER = "CPUExecutionProvider"
 FIRST_CAPACITY = 1024
 GRAPHS = ("decoder", "audio", "vision")
+# What ONNX Runtime's CPU kernels make of a byte of low-bit weights, with their block sums.
+PACKED = 1.25
 
 
-def create(bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeEngine:
-    """Opens the bundle; graphs are opened when first used, or by `warm`."""
-    return OnnxRuntimeEngine(bundle, threads=threads)
+def create(
+    bundle: Bundle, *, threads: int | None = None, low_memory: bool | None = None
+) -> OnnxRuntimeEngine:
+    """Opens the bundle; graphs are opened when first used, or by `warm`.
+
+    low_memory: encoders are closed before the decoder runs, and opened again for the next media; None does so
+    where all graphs together wouldn't fit in the memory that is available.
+    """
+    return OnnxRuntimeEngine(bundle, threads=threads, low_memory=low_memory)
 
 
 def cpu_count() -> int:
@@ -50,8 +59,9 @@ class OnnxRuntimeEngine:
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, low_memory: bool | None = None) -> None:
         self._bundle = bundle
+        self.low_memory = _short_of_memory(bundle) if low_memory is None else low_memory
         self._model = bundle.manifest.model
         self._threads = threads or cpu_count()
         self._sessions: dict[str, Future[Any]] = {}
@@ -60,8 +70,11 @@ class OnnxRuntimeEngine:
         self.length = 0
 
     def warm(self, *, vision: bool = True, audio: bool = True) -> None:
-        """Starts opening the decoder and the towers named, each in a thread of its own."""
-        for name, wanted in (("decoder", True), ("audio", audio), ("vision", vision)):
+        """Starts opening the decoder and the towers named, each in a thread of its own.
+
+        With `low_memory` the decoder waits until the towers have run.
+        """
+        for name, wanted in (("decoder", not self.low_memory), ("audio", audio), ("vision", vision)):
             if wanted:
                 self._start(name, threaded=True)
 
@@ -84,6 +97,20 @@ class OnnxRuntimeEngine:
         else:
             run()
         return future
+
+    def close(self, *names: str) -> None:
+        """Closes these graphs (default: all, with the cache) and gives their memory back."""
+        with self._lock:
+            closing = [self._sessions.pop(name) for name in names or GRAPHS if name in self._sessions]
+        for future in closing:
+            # One that is still being opened can't be closed; nor may its error be lost on the way.
+            if future.exception() is not None:
+                raise future.exception()  # type: ignore[misc]
+        if not names:
+            self._cache, self.length = None, 0
+        if closing:
+            del closing, future
+            give_back()
 
     def _session(self, name: str) -> Any:
         return self._start(name, threaded=False).result()
@@ -117,6 +144,8 @@ class OnnxRuntimeEngine:
                 f"{total} tokens are more than the {self._model.max_positions} that {self._model.name} "
                 "can hold; ask about a shorter clip"
             )
+        if self.low_memory:
+            self.close("vision", "audio")
         if self._cache is None:
             self._cache = _Cache(self._session("decoder"), self._bundle)
         self._cache.reserve(total, self.length)
@@ -144,6 +173,14 @@ class OnnxRuntimeEngine:
             "version": _import().__version__,
             "threads": self._threads,
         }
+
+
+def _short_of_memory(bundle: Bundle) -> bool:
+    """Whether all graphs at once would take more than is available; the embedding stays on the disk."""
+    available = available_bytes()
+    files = bundle.manifest.files
+    held = sum(info.size for name, info in files.items() if name.endswith((".onnx", ".data")))
+    return available is not None and held * PACKED > available
 
 
 def _import() -> Any:
@@ -182,6 +219,7 @@ def _open(bundle: Bundle, name: str, threads: int, model: bytes | None = None) -
         session = onnxruntime.InferenceSession(model or str(path), options, providers=[PROVIDER])
     except Exception as error:
         raise BundleError(f"{path}: ONNX Runtime can't open it ({_one_line(error)}); {COPY_AGAIN}") from error
+    page_out(bundle.path, [file for file in bundle.manifest.files if file.endswith(".data")])
     session.disable_fallback()
     if session.get_providers() != [PROVIDER]:
         raise EngineError(f"{path}: expected {PROVIDER}, got {session.get_providers()}")

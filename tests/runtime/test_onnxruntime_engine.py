@@ -115,6 +115,57 @@ def test_graphs_open_only_when_needed(engine, bundle):
     assert all(future.result(timeout=30) for future in engine._sessions.values())
 
 
+def test_encoders_close_before_the_decoder_opens(bundle, tokens):
+    embeds, positions = tokens
+    small = engines.create("onnxruntime", bundle, threads=1, low_memory=True)
+    chunks = np.zeros((1, bundle.features.n_mels, 200), np.float32)
+    small.warm()
+    assert set(small._sessions) == {"audio", "vision"}
+    heard = small.audio(chunks, np.array([200]))
+    said = small.forward(embeds, positions).copy()
+    assert set(small._sessions) == {"decoder"}
+    close(small.audio(chunks, np.array([200])), heard)
+    kept = engines.create("onnxruntime", bundle, threads=1, low_memory=False)
+    close(kept.forward(embeds, positions), said)
+    assert small.length == 60
+
+
+def test_encoders_close_where_memory_is_short(bundle, monkeypatch):
+    for available, expected in ((10_000, True), (10**12, False), (None, False)):
+        monkeypatch.setattr(module, "available_bytes", lambda available=available: available)
+        assert engines.create("onnxruntime", bundle).low_memory == expected
+
+
+def test_a_closed_engine_opens_again(engine, tokens):
+    embeds, positions = tokens
+    first = engine.forward(embeds, positions).copy()
+    engine.close()
+    assert engine.length == 0 and engine._sessions == {}
+    close(engine.forward(embeds, positions), first)
+
+
+def test_mapped_weights_leave_memory(bundle, tmp_path):
+    """A file that is mapped and was read: its pages go, its content stays."""
+    import mmap
+    import sys
+
+    from crab_edge.memory import page_out, resident_bytes
+
+    if not sys.platform.startswith("linux"):
+        pytest.skip("a hint that only Linux knows")
+    size = 64 << 20
+    path = tmp_path / "weights.data"
+    path.write_bytes(b"\7" * size)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped:
+        assert mapped[::4096].count(7) == size // 4096
+        before = resident_bytes()
+        page_out(tmp_path, ["other.data"])
+        assert resident_bytes() > before - size // 4
+        page_out(tmp_path, ["weights.data"])
+        assert resident_bytes() < before - size // 2
+        assert mapped[size - 1] == 7
+
+
 def test_a_graph_that_cannot_be_opened(bundle, tmp_path):
     folder = shutil.copytree(bundle.path, tmp_path / "bundle")
     (folder / "decoder.onnx").write_bytes(b"no graph")

@@ -193,6 +193,34 @@ def test_long_clips_go_by_windows_in_clip_seconds(opened):
     assert engine.audio_calls == [1000, 1000, pytest.approx(300, abs=10)]
 
 
+def test_a_longer_window_shows_as_many_frames_a_second(bundle, clips):
+    engine = FakeEngine(bundle, AVE)
+    session = Model(bundle, engine).open(clips["long"], window_s=60)
+    answer = session.ask(task="ave")
+    assert answer.parsed == (Event("dog", 2.0, 7.0, "audio-visual"),)
+    assert engine.vision_calls == [12 * 256]
+    assert engine.audio_calls == [pytest.approx(2300, abs=10)]
+    halves = Model(bundle, FakeEngine(bundle, AVE)).open(clips["long"], window_s=20)
+    assert [event.start_s for event in halves.ask(task="ave").parsed] == [2.0, 22.0]
+
+
+def test_a_short_clip_is_the_same_in_any_window(bundle, clips):
+    engines = [FakeEngine(bundle, AVE) for _ in range(2)]
+    for engine, window_s in zip(engines, (10, 60), strict=True):
+        Model(bundle, engine).open(clips["av"], window_s=window_s).ask(task="ave")
+    assert engines[0].vision_calls == engines[1].vision_calls == [5 * 256]
+
+
+def test_windows_and_their_limits(bundle, clips):
+    model = Model(bundle, FakeEngine(bundle, AVE))
+    for wrong in (0, 5, 61, float("nan")):
+        with pytest.raises(InputError, match="expected 10 s"):
+            model.open(clips["long"], window_s=wrong)
+    pytest.importorskip("llguidance")
+    with pytest.raises(InputError, match="--grammar"):
+        model.open(clips["long"], window_s=60).ask(task="ave", grammar=True)
+
+
 def test_tasks_share_each_window(opened):
     session, engine = opened("a dog", "long")
     answers = session.ask_all(["avcap", "ave"])
@@ -268,7 +296,7 @@ def test_unfamiliar_questions_get_a_notice(opened):
 
 
 def test_long_prompts_are_prefilled_in_chunks(opened, monkeypatch):
-    monkeypatch.setattr("crab_edge.generate.PREFILL_CHUNK", 100)
+    monkeypatch.setattr("crab_edge.generate.prefill_chunk", lambda width: 100)
     session, engine = opened("a dog", "av")
     session.ask(task="avcap")
     sizes = [len(embeds) for _, embeds, _ in engine.forwards]
