@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from crab_edge_apps import _bench_ask, _bench_batch, _bench_clips, bench
+from crab_edge_apps import _bench_ask, _bench_batch, _bench_clips
 from crab_edge_apps._bench_decoder import (
     DecoderShape,
     RandomLinears,
