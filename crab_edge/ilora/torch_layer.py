@@ -5,8 +5,8 @@
 with s = alpha / r. Source: Crab+ reference (`lora_route`, `lora_A`, `lora_B{i}`); the expert sum is one
 product over N*r instead of N products in sequence, which differs from the reference by rounding only.
 
-The base may be one of bitsandbytes' quantised linears (they are `torch.nn.Linear`s): W x is then its own low-bit
-product, and the adapter, which takes the dtype of float base weights, is float32 until it is cast.
+The base may be one of bitsandbytes' quantised linears (subclasses of `torch.nn.Linear`): W x is then its own
+low-bit product, and the adapter, which takes the dtype of float base weights, is float32 until it is cast.
 """
 
 from __future__ import annotations

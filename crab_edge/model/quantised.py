@@ -34,7 +34,8 @@ def quantise_base(
 
     Returns the names of the replaced linears. One linear at a time is quantised, so `device` never holds the
     float weights of all. `towers=False` leaves both encoders in their dtype. `compute_dtype` is the dtype of
-    a 4-bit linear's product; `storage` the dtype that 4-bit weights are packed into (FSDP shards floats only).
+    a 4-bit linear's product; `storage` is the dtype that 4-bit weights are packed into: FSDP shards floats
+    only.
     ModelError when the model carries an adapter, isn't float, or `bits` isn't 4 or 8.
     """
     if bits not in (4, 8):
@@ -42,7 +43,7 @@ def quantise_base(
     library = _bitsandbytes()
     for name, module in model.named_modules():
         if isinstance(module, ILoRALayer):
-            raise ModelError(f"{name} carries an adapter already: quantise the base first, then add_adapter()")
+            raise ModelError(f"{name} carries an adapter already: quantise the base, then add_adapter()")
         if is_quantised(module):
             raise ModelError(f"{name} is quantised already ({type(module).__name__}): load the float base")
     chosen = list(_linears(model, towers))
@@ -64,7 +65,8 @@ def quantise_base(
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a linear is one of bitsandbytes'; never imports it."""
-    return isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state" if _packs(module) else "SCB")
+    mark = "quant_state" if _packs(module) else "SCB"
+    return isinstance(module, nn.Linear) and hasattr(module.weight, mark)
 
 
 def dequantised(linear: nn.Module) -> Tensor:
@@ -77,7 +79,9 @@ def dequantised(linear: nn.Module) -> Tensor:
     weight: Any = linear.weight
     if _packs(linear):
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            raise ModelError("this 4-bit weight was repacked for the CPU by a forward in eval mode: load it anew")
+            raise ModelError(
+                "this 4-bit weight was repacked by a forward on the CPU in eval mode: load it anew"
+            )
         return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
     scale = weight.SCB if weight.SCB is not None else linear.state.SCB
     return weight.data.float() * (scale.float() / 127)[:, None]
@@ -95,7 +99,9 @@ def _linears(model: nn.Module, towers: bool) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-def _four_bits(library: ModuleType, linear: nn.Linear, compute: torch.dtype, storage: torch.dtype) -> nn.Module:
+def _four_bits(
+    library: ModuleType, linear: nn.Linear, compute: torch.dtype, storage: torch.dtype
+) -> nn.Module:
     with torch.device("meta"):
         made = library.nn.Linear4bit(
             linear.in_features,

@@ -121,7 +121,6 @@ def _audio_layer(layer: nn.Module, mask: Tensor | None, x: Tensor) -> Tensor:
 
 def audio_hidden(tower: nn.Module, chunks: Tensor, lengths: Tensor) -> Tensor:
     """Mel chunks [C, n_mels, 200] with valid `lengths` int64 [C] -> states [C, 100, d] before pooling."""
-    n = chunks.shape[0]
     steps = torch.arange(CHUNK, device=chunks.device)
     valid = (steps[None] < lengths[:, None])[:, None]
     x = F.gelu(tower.conv1(chunks)) * valid.to(chunks.dtype)
