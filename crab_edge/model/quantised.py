@@ -79,9 +79,7 @@ def dequantised(linear: nn.Module) -> Tensor:
     weight: Any = linear.weight
     if _packs(linear):
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            raise ModelError(
-                "this 4-bit weight was repacked by a forward on the CPU in eval mode: load it anew"
-            )
+            raise ModelError("this 4-bit weight was repacked by a CPU forward in eval mode: load it anew")
         return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
     scale = weight.SCB if weight.SCB is not None else linear.state.SCB
     return weight.data.float() * (scale.float() / 127)[:, None]
