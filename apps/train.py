@@ -58,6 +58,7 @@ def command(
     ] = None,
 ) -> None:
     """Train towers, base and adapter, or an adapter on a given base; ends with directories to export."""
+    _quiet()
     try:
         import accelerate  # noqa: F401
         import torch  # noqa: F401
@@ -82,6 +83,17 @@ def command(
     _train_model(loaded, folder, fresh, threads)
 
 
+def _quiet() -> None:
+    """Silence what libraries say of each other: nothing that the user did or could change."""
+    import logging
+    import warnings
+
+    # bitsandbytes misses an optional kernel for CPUs whenever PEFT imports it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # PEFT asks transformers for a property by its old name.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+
+
 def _train_model(recipe: Recipe, out: Path, fresh: bool, threads: int | None) -> None:
     from crab_edge.training.progress import bar
     from crab_edge.training.run import Trainer, start_over, use_threads
@@ -100,21 +112,16 @@ def _train_model(recipe: Recipe, out: Path, fresh: bool, threads: int | None) ->
 
 
 def _train_adapter(recipe: AdapterRecipe, out: Path, fresh: bool, threads: int | None) -> None:
-    from accelerate import PartialState
+    import os
 
-    from crab_edge.training.adapt import start_over, train_adapter
+    from crab_edge.training.adapt import train_adapter
     from crab_edge.training.progress import bar
     from crab_edge.training.run import use_threads
 
     use_threads(threads)
-    processes = PartialState()
-    if fresh:
-        if processes.is_main_process:
-            start_over(out)
-        processes.wait_for_everyone()
     with bar() as (say, progress):
-        done = train_adapter(recipe, out, say=say, progress=progress)
-        if processes.is_main_process:
+        done = train_adapter(recipe, out, say=say, progress=progress, fresh=fresh)
+        if os.environ.get("RANK", "0") == "0":
             export = f"crab-edge export --model {recipe.base.path} --adapter {done} --out BUNDLE"
             say(f"done: {done}; next: {export}")
 

@@ -61,11 +61,13 @@ def train_adapter(
     *,
     say: Callable[[str], None] = print,
     progress: Tick | None = None,
-    run: Run | None = None,
+    fresh: bool = False,
     records: Records | None = None,
+    stop_after: int | None = None,
 ) -> Path:
-    """Run what isn't done yet; returns OUT/adapter.
+    """Run what isn't done yet; returns OUT/adapter. Every process that was launched calls it.
 
+    `fresh` starts over; after `stop_after` steps it leaves as if killed (tests).
     InputError and ModelError for a base, data or recipe that don't fit, before anything is written.
     """
     assert recipe.base.path is not None
@@ -76,21 +78,24 @@ def train_adapter(
 
         records = AvuieScenes(train_lists(recipe.data))
     identity = _identity(recipe, base, len(records))
+    accelerator = open_accelerator(recipe, parts_missing=not records.complete)
+    schedule = adapt_loop.plan(recipe.steps, len(records), accelerator.num_processes)
+    if fresh and accelerator.is_main_process:
+        start_over(out)
+    accelerator.wait_for_everyone()
     _same_run(identity, out)
     done = out / "adapter"
     if (done / "adapter_config.json").exists():
         return done
-    accelerator = run.accelerator if run is not None else open_accelerator(recipe)
-    schedule = adapt_loop.plan(recipe.steps, len(records), accelerator.num_processes)
-    if run is None:
-        run = Run(
-            out,
-            recipe.precision,
-            workers=recipe.data.workers,
-            seed=recipe.seed,
-            progress=progress,
-            accelerator=accelerator,
-        )
+    run = Run(
+        out,
+        recipe.precision,
+        workers=recipe.data.workers,
+        seed=recipe.seed,
+        progress=progress,
+        stop_after=stop_after,
+        accelerator=accelerator,
+    )
     module, model = build_module(recipe, run)
     count = sum(p.numel() for p in checkpoint.trainable(module).values())
     _check_space(out, count * checkpoint.BYTES * 2 + (len(schedule.snapshots) + 1) * 4 * count)
@@ -98,7 +103,7 @@ def train_adapter(
         (out / "recipe.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         say(
             f"{len(records):,} records, {schedule.steps:,} steps of {recipe.steps.global_batch} on "
-            f"{run.accelerator.num_processes} processes, {count:,} parameters learn"
+            f"{accelerator.num_processes} process(es), {count:,} parameters learn"
         )
     make = RecordBatches(
         records, (str(base / "tokenizer.json"), features), batch=recipe.steps.batch, seed=recipe.seed
@@ -118,16 +123,18 @@ def train_adapter(
     return done
 
 
-def open_accelerator(recipe: AdapterRecipe) -> Any:
-    """accelerate's view of the machine: processes, devices, precision; DDP, FSDP or DeepSpeed as launched."""
+def open_accelerator(recipe: AdapterRecipe, parts_missing: bool = False) -> Any:
+    """accelerate's view of the machine: processes, devices, precision; DDP, FSDP or DeepSpeed as launched.
+
+    `parts_missing`: some records lack a picture or a sound, so that an encoder's adapters may be left out.
+    """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     return Accelerator(
         mixed_precision=choose_precision(recipe.precision),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        # A micro-batch without a sound or without a picture leaves an encoder's adapters out.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=parts_missing)],
     )
 
 

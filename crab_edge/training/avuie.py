@@ -91,6 +91,12 @@ class AvuieScenes:
         """Records of all lists."""
         return len(self._all)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every record has something to see and something to hear."""
+        kinds = ({kind for _, kind in entry.media} for entry in self._all)
+        return all("audio" in found and len(found) > 1 for found in kinds)
+
     def record(self, index: int) -> AvuieScene:
         """The record at a place, list after list, each in its own order."""
         return _open(self._all, index)

@@ -35,7 +35,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def adapter_weights(run: Run, module: nn.Module) -> dict[str, Tensor]:
-    """The adapter's weights, learning or not, whole, on the CPU: on the main process, but all must call it."""
+    """The adapter's weights, learning or not, on the CPU of the main process; all must call it."""
     if not run.main and not _is_sharded(module):
         return {}
     return {name: whole(p) for name, p in module.named_parameters() if "lora_" in name}
