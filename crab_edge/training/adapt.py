@@ -185,6 +185,8 @@ def checkpoint_activations(thinker: nn.Module, *, reentrant: bool = False) -> No
         getattr(thinker, "activation_checkpointing_enable", None) or thinker.gradient_checkpointing_enable
     )
     switch({"use_reentrant": reentrant})
+    # Transformers makes the inputs require gradients, for reentrant's sake. They are of no use here.
+    thinker.disable_input_require_grads()
 
 
 def _publish(run: Run, model: nn.Module, module: nn.Module, out: Path, dtype: torch.dtype) -> None:

@@ -142,10 +142,9 @@ def test_non_reentrant_checkpointing_gives_tower_adapters_their_gradients(base, 
 def test_reentrant_checkpointing_would_not(base, data, tmp_path):
     module, batch = parts(base, data, tmp_path, adapter={"dropout": 0.0})
     adapt.checkpoint_activations(module.thinker, reentrant=True)
-    # Newer versions of transformers hook the encoders' inputs too; the reference's hooks the embeddings only.
-    module.thinker.disable_input_require_grads()
     with pytest.raises(RuntimeError, match="does not require grad"):
         gradients(module, batch)
+    # The reference's way out: the embeddings' output requires a gradient. The encoders' inputs don't.
     embed = module.thinker.model.language_model.embed_tokens
     embed.register_forward_hook(lambda _, __, out: out.requires_grad_())
     _, found = gradients(module, batch)
