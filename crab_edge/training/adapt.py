@@ -26,8 +26,8 @@ from crab_edge.model import (
     load_base,
     load_config,
     save_adapter,
-    special_ids,
 )
+from crab_edge.prompt import PromptBuilder
 from crab_edge.training import adapt_loop, checkpoint
 from crab_edge.training.adapt_recipe import AdapterRecipe
 from crab_edge.training.language import LanguageModule
@@ -172,7 +172,9 @@ def build_module(recipe: AdapterRecipe, run: Run) -> tuple[AdapterModule, nn.Mod
             layer.enable_adapters(False)
     if recipe.steps.checkpointing:
         checkpoint_activations(thinker)
-    return AdapterModule(model, special_ids(thinker.config), dtype, learn_towers), model
+    # The tokenizer's own ids: the official config.json lacks some of them.
+    special = PromptBuilder(Path(recipe.base.path) / "tokenizer.json", FeatureConfig()).special
+    return AdapterModule(model, special, dtype, learn_towers), model
 
 
 def checkpoint_activations(thinker: nn.Module, *, reentrant: bool = False) -> None:
