@@ -27,6 +27,7 @@ NAME = "crab-edge"
 EXTRAS = {
     "cpu": ("onnxruntime",),
     "train": ("torch", "transformers", "peft", "accelerate", "safetensors", "scipy", "soundfile"),
+    "qlora": ("bitsandbytes",),
     "export": ("onnx", "onnxscript", "onnx_ir", "optimum"),
     "segment": ("cv2",),
     "demo": ("gradio",),

@@ -4,6 +4,9 @@
 
 with s = alpha / r. Source: Crab+ reference (`lora_route`, `lora_A`, `lora_B{i}`); the expert sum is one
 product over N*r instead of N products in sequence, which differs from the reference by rounding only.
+
+The base may be one of bitsandbytes' quantised linears (subclasses of `torch.nn.Linear`): W x is then its own
+low-bit product, and the adapter, which takes the dtype of float base weights, is float32 until it is cast.
 """
 
 from __future__ import annotations
@@ -127,7 +130,9 @@ class ILoRALinear(nn.Module, ILoRALayer):
     def delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """s [B_0|..] (g outer h): [..., in] -> [..., out]. Dropout on A's input only: the router sees x."""
         down, router = self.lora_A[adapter_name], self.lora_route[adapter_name]
-        x = self._cast_input_dtype(x, down.weight.dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            # Autocast casts inside each product: an upcast here would only double what is kept for backward.
+            x = self._cast_input_dtype(x, down.weight.dtype)
         h = down(self.lora_dropout[adapter_name](x))
         g = torch.softmax(router(x), dim=-1, dtype=torch.float32)
         if self.on_route is not None:

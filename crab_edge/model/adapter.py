@@ -70,12 +70,17 @@ def add_adapter(
         return get_peft_model(model, config).train(model.training)
 
 
-def save_adapter(model: PeftModel, directory: Path | str) -> Path:
-    """Write adapter_config.json and adapter_model.safetensors of the adapter called "default"."""
+def save_adapter(
+    model: PeftModel, directory: Path | str, weights: dict[str, torch.Tensor] | None = None
+) -> Path:
+    """Write adapter_config.json and adapter_model.safetensors of the adapter called "default".
+
+    `weights` are written instead of the model's own: its adapter's tensors by their names in the model.
+    """
     out = Path(directory)
     # PEFT would note the path that the base was read from: a private path, of no use elsewhere.
     model.peft_config["default"].base_model_name_or_path = None
-    model.save_pretrained(out, save_embedding_layers=False)
+    model.save_pretrained(out, state_dict=weights, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
     return out
 

@@ -62,6 +62,7 @@ class AvuieScenes:
     """
 
     def __init__(self, lists: Sequence[tuple[Task, Path]], seed: int = 0) -> None:
+        self._all: list[_Entry] = []
         self._video: list[_Entry] = []
         self._image: list[_Entry] = []
         self.labels: set[str] = set()
@@ -71,6 +72,7 @@ class AvuieScenes:
                 media = tuple(avuie.media_paths(record, task.media, path.parent))
                 missing += [p for p, _ in media if not p.is_file()]
                 entry = _Entry(task, media, record)
+                self._all.append(entry)
                 (self._video if any(kind == "video" for _, kind in media) else self._image).append(entry)
                 self.labels |= {str(record[f]) for f in _LABEL_FIELDS if isinstance(record.get(f), str)}
         if missing:
@@ -84,6 +86,25 @@ class AvuieScenes:
         for entries in (self._video, self._image):
             order = shuffle.permutation(len(entries))
             entries[:] = [entries[i] for i in order]
+
+    def __len__(self) -> int:
+        """Records of all lists."""
+        return len(self._all)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every record has something to see and something to hear."""
+        kinds = ({kind for _, kind in entry.media} for entry in self._all)
+        return all("audio" in found and len(found) > 1 for found in kinds)
+
+    def record(self, index: int) -> AvuieScene:
+        """The record at a place, list after list, each in its own order."""
+        return _open(self._all, index)
+
+    def name(self, index: int) -> str:
+        """A record's task and first file, for people."""
+        entry = self._all[index]
+        return f"{entry.task.name}: {entry.media[0][0] if entry.media else entry.record}"
 
     def clip(self, index: int) -> AvuieScene:
         """A record with video, or one without where there is none."""
@@ -132,9 +153,22 @@ def open_avuie(recipe: DataRecipe) -> Sources:
 
     InputError when the folder, a list or a media file is missing.
     """
+    lists = train_lists(recipe)
+    train = AvuieScenes(lists)
+    labels = tuple(sorted(train.labels)) or ("object",)
+    names = [task.name for task, _ in lists]
+    return Sources(train, train, labels, None, {"data": {"avuie": names}}, names)
+
+
+def train_lists(recipe: DataRecipe) -> list[tuple[Task, Path]]:
+    """(task, list) of every task that the recipe names, in its order; all that are there if it names none.
+
+    InputError when the folder or a list is missing.
+    """
     if not recipe.root:
         raise InputError(
-            "data.source is avuie, but data.root isn't set: the folder that holds <task>/train.json"
+            "data.source is avuie, but data.root isn't set: name the folder that holds <task>/train.json "
+            "(--data, or data.root in the recipe)"
         )
     root = Path(recipe.root)
     names = recipe.tasks or [t.name for t in tasks.all() if (root / t.name / "train.json").is_file()]
@@ -144,6 +178,4 @@ def open_avuie(recipe: DataRecipe) -> Sources:
         if not path.is_file():
             raise InputError(f"{path}: no such list; check data.root and data.tasks in the recipe")
         lists.append((task, path))
-    train = AvuieScenes(lists)
-    labels = tuple(sorted(train.labels)) or ("object",)
-    return Sources(train, train, labels, None, {"data": {"avuie": names}}, names)
+    return lists

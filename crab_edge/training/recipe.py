@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tomllib
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,11 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from crab_edge.errors import InputError
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Unknown fields are errors; values don't change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class StageRecipe(_Strict):
+_Kind = TypeVar("_Kind", bound=Strict)
+
+
+class StageRecipe(Strict):
     """What every stage has. The learning rate is a cosine of progress = max(step share, time share)."""
 
     steps: int = Field(gt=0)
@@ -84,7 +89,7 @@ class AdapterStage(LanguageStage):
     train_towers: bool = False
 
 
-class DataRecipe(_Strict):
+class DataRecipe(Strict):
     """Where scenes come from: the open packages, the synthetic stand-in of the tests, or AV-UIE v2 on
     disk.
     """
@@ -96,7 +101,7 @@ class DataRecipe(_Strict):
     workers: int = Field(1, ge=0)
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole training run: audio, vision, base, adapter."""
 
     name: str
@@ -117,6 +122,15 @@ def load_recipe(name: str | Path, minutes_scale: float = 1.0) -> Recipe:
 
     InputError names the file and the field that is wrong.
     """
+    path, raw = read_recipe(name)
+    for stage in ("audio", "vision", "base", "adapter"):
+        if isinstance(raw.get(stage), dict) and "max_minutes" in raw[stage]:
+            raw[stage]["max_minutes"] = raw[stage]["max_minutes"] * minutes_scale
+    return validated(Recipe, raw, path)
+
+
+def read_recipe(name: str | Path) -> tuple[Path, dict[str, Any]]:
+    """(path, content) of a recipe of any kind, by name or path, not validated yet."""
     path = Path(name)
     if path.suffix != ".toml" and not path.exists():
         folder = Path(str(files("crab_edge.training"))) / "recipes"
@@ -127,14 +141,15 @@ def load_recipe(name: str | Path, minutes_scale: float = 1.0) -> Recipe:
     if not path.is_file():
         raise InputError(f"{path}: no such recipe file")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file ({error})") from error
-    for stage in ("audio", "vision", "base", "adapter"):
-        if isinstance(raw.get(stage), dict) and "max_minutes" in raw[stage]:
-            raw[stage]["max_minutes"] = raw[stage]["max_minutes"] * minutes_scale
+
+
+def validated(kind: type[_Kind], raw: dict[str, Any], path: Path) -> _Kind:
+    """A recipe of this kind; InputError names the file and the field that is wrong."""
     try:
-        return Recipe.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -3,10 +3,15 @@ loops.
 
 The official forwards attend window by window and chunk by chunk. Training feeds hundreds of pictures a
 step, so here the windows and chunks are one batch axis. Results equal the official ones (test), gradients
-too, and the modules are called, not their weights, so adapters wrapped around linears take part.
+too, and the modules are called, not their weights, so adapters wrapped around linears take part. Where
+transformers' gradient checkpointing is switched on, each block is checkpointed as its official forward would
+be.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +62,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
+def _through(block: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`function(*inputs)`, which stands for the block's forward: checkpointed when the block is set to be."""
+    if getattr(block, "gradient_checkpointing", False) and block.training:
+        return block._gradient_checkpointing_func(function, *inputs)
+    return function(*inputs)
+
+
 def _vision_attention(attention: nn.Module, x: Tensor, grid: VisionGrid, windows: int) -> Tensor:
     n, length, heads = x.shape[0], PATCHES // windows, attention.num_heads
     q, k, v = (f(x).reshape(n, PATCHES, heads, -1) for f in (attention.q, attention.k, attention.v))
@@ -67,6 +79,11 @@ def _vision_attention(attention: nn.Module, x: Tensor, grid: VisionGrid, windows
     return attention.proj(out.transpose(1, 2).reshape(n, PATCHES, -1))
 
 
+def _vision_block(block: nn.Module, grid: VisionGrid, windows: int, x: Tensor) -> Tensor:
+    x = x + _vision_attention(block.attn, block.norm1(x), grid, windows)
+    return x + block.mlp(block.norm2(x))
+
+
 def vision_hidden(tower: nn.Module, patches: Tensor, grid: VisionGrid) -> Tensor:
     """Patches [n*256, 1176] -> hidden states [n, 256, hidden] before the merger, in window order."""
     weight = tower.patch_embed.proj.weight
@@ -75,8 +92,7 @@ def vision_hidden(tower: nn.Module, patches: Tensor, grid: VisionGrid) -> Tensor
     x = x.reshape(n, CELLS, 4, -1)[:, grid.order].reshape(n, PATCHES, -1)
     for index, block in enumerate(tower.blocks):
         windows = 1 if index in tower.fullatt_block_indexes else 4
-        x = x + _vision_attention(block.attn, block.norm1(x), grid, windows)
-        x = x + block.mlp(block.norm2(x))
+        x = _through(block, partial(_vision_block, block, grid, windows), x)
     return x
 
 
@@ -92,9 +108,19 @@ def vision_cells(tower: nn.Module, patches: Tensor, grid: VisionGrid) -> Tensor:
     return vision_merge(tower, vision_hidden(tower, patches, grid), grid)
 
 
+def _audio_layer(layer: nn.Module, mask: Tensor | None, x: Tensor) -> Tensor:
+    attention, y = layer.self_attn, layer.self_attn_layer_norm(x)
+    q, k, v = (
+        f(y).reshape(*x.shape[:2], attention.num_heads, -1).transpose(1, 2)
+        for f in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    out = attend(q, k, v, attention.scaling, mask)
+    x = x + attention.out_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
+    return x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
+
+
 def audio_hidden(tower: nn.Module, chunks: Tensor, lengths: Tensor) -> Tensor:
     """Mel chunks [C, n_mels, 200] with valid `lengths` int64 [C] -> states [C, 100, d] before pooling."""
-    n = chunks.shape[0]
     steps = torch.arange(CHUNK, device=chunks.device)
     valid = (steps[None] < lengths[:, None])[:, None]
     x = F.gelu(tower.conv1(chunks)) * valid.to(chunks.dtype)
@@ -103,14 +129,7 @@ def audio_hidden(tower: nn.Module, chunks: Tensor, lengths: Tensor) -> Tensor:
     keys = (steps[None, : x.shape[1]] < ((lengths - 1) // 2 + 1)[:, None])[:, None, None]
     mask = None if bool((lengths == CHUNK).all()) else keys
     for layer in tower.layers:
-        attention, y = layer.self_attn, layer.self_attn_layer_norm(x)
-        q, k, v = (
-            f(y).reshape(n, x.shape[1], attention.num_heads, -1).transpose(1, 2)
-            for f in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        out = attend(q, k, v, attention.scaling, mask)
-        x = x + attention.out_proj(out.transpose(1, 2).reshape(n, x.shape[1], -1))
-        x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
+        x = _through(layer, partial(_audio_layer, layer, mask), x)
     return x
 
 
