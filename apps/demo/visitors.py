@@ -1,0 +1,185 @@
+"""Who has which clip open, what they asked, and how much of it is kept in memory and on disk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crab_edge_apps.demo.look import Look, look_at
+from crab_edge_apps.demo.store import Store
+
+from crab_edge.errors import CrabError, InputError
+
+if TYPE_CHECKING:
+    from crab_edge_apps.demo.worker import Job
+
+    from crab_edge.results import Answer
+    from crab_edge.session import Model, Session
+
+# Decoded frames and sound of so many clips stay in memory; a further clip is decoded again when asked about.
+KEPT_DECODED = 3
+MOST_VISITORS = 32
+IDLE_S = 60 * 60.0
+_MOST_FILES = 6
+_MOST_TURNS = 30
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A task that wasn't run: `why` is a key of the texts or, for tasks that need other inputs, the reason."""
+
+    task: str
+    family: str
+    why: str
+    other: str = ""
+
+
+@dataclass
+class Turn:
+    """One question and what came of it. `first_token_s` and `took_s` leave out the wait for others."""
+
+    kind: str
+    question: str | None
+    answers: tuple[Answer, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    first_token_s: float | None = None
+    waited_s: float = 0.0
+    took_s: float = 0.0
+
+    @property
+    def reused(self) -> bool:
+        """Whether its answers needed no reading of the clip."""
+        return bool(self.answers) and all(answer.timings.cached_tokens for answer in self.answers)
+
+
+@dataclass
+class Visitor:
+    """One open page. `names` are the files' names as uploaded, for showing only; `drawn`: task -> picture."""
+
+    folder: Path
+    media: tuple[Path, ...] = ()
+    names: tuple[str, ...] = ()
+    look: Look | None = None
+    session: Session | None = None
+    turns: list[Turn] = field(default_factory=list)
+    drawn: dict[str, str] = field(default_factory=dict)
+    job: Job | None = None
+    used: float = field(default_factory=time.monotonic)
+    number: int = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job of theirs waits or runs."""
+        return self.job is not None and not self.job.finished.is_set()
+
+    def add(self, turn: Turn) -> None:
+        """Keeps a turn; the oldest go."""
+        self.turns = [*self.turns, turn][-_MOST_TURNS:]
+
+
+class Visitors:
+    """All open pages by Gradio's session hash."""
+
+    def __init__(self, store: Store, model: Model, max_minutes: float) -> None:
+        self.store = store
+        self.model = model
+        self.max_minutes = max_minutes
+        self._all: OrderedDict[str, Visitor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> Visitor | None:
+        """The visitor, if they have a clip open."""
+        with self._lock:
+            visitor = self._all.get(key)
+            if visitor is not None:
+                visitor.used = time.monotonic()
+                self._all.move_to_end(key)
+            return visitor
+
+    def open(self, key: str, uploads: Sequence[Path], names: Sequence[str], *, keep: bool = False) -> Visitor:
+        """In the decoding thread: opens files as the visitor's clip, which replaces the one before.
+
+        `keep`: the files aren't uploads and stay where they are (the example). On an error the clip before
+        stays open. Raises what opening a clip raises, with the names that the visitor knows.
+        """
+        if not uploads:
+            raise InputError("no file was given; choose a video, a sound or a picture")
+        if len(uploads) > _MOST_FILES:
+            raise InputError(f"{len(uploads)} files, expected at most {_MOST_FILES} that belong to one clip")
+        folder = self.store.new_folder()
+        media: list[Path] = []
+        try:
+            for number, path in enumerate(uploads):
+                media.append(path if keep else self.store.take(path, folder, number))
+            fresh = Visitor(folder, tuple(media), tuple(names))
+            fresh.session = self._opened(fresh)
+            fresh.look = look_at(fresh.session.clip)
+        except CrabError as error:
+            self.store.remove(folder)
+            raise type(error)(renamed(str(error), media, names)) from error
+        except BaseException:
+            self.store.remove(folder)
+            raise
+        self._replace(key, fresh)
+        return fresh
+
+    def session(self, visitor: Visitor) -> Session:
+        """The visitor's clip, opened again if it was put away."""
+        if visitor.session is None:
+            visitor.session = self._opened(visitor)
+            self._put_away()
+        return visitor.session
+
+    def _opened(self, visitor: Visitor) -> Session:
+        return self.model.open(list(visitor.media), max_minutes=self.max_minutes)
+
+    def _replace(self, key: str, fresh: Visitor) -> None:
+        with self._lock:
+            old = self._all.pop(key, None)
+            self._all[key] = fresh
+            gone = [old] if old is not None else []
+            now = time.monotonic()
+            for other, visitor in list(self._all.items()):
+                crowded = len(self._all) > MOST_VISITORS or now - visitor.used > IDLE_S
+                if other != key and crowded and not visitor.busy:
+                    gone.append(self._all.pop(other))
+        for visitor in gone:
+            self._discard(visitor)
+        self._put_away()
+
+    def _put_away(self) -> None:
+        """Forgets the decoded media of all but the last few clips."""
+        with self._lock:
+            decoded = [visitor for visitor in self._all.values() if visitor.session is not None]
+            for visitor in decoded[:-KEPT_DECODED]:
+                if not visitor.busy and visitor.session is not None:
+                    visitor.session.clip.close()
+                    visitor.session = None
+
+    def leave(self, key: str) -> None:
+        """The page was closed: its files go."""
+        with self._lock:
+            visitor = self._all.pop(key, None)
+        if visitor is not None:
+            self._discard(visitor)
+
+    def _discard(self, visitor: Visitor) -> None:
+        if visitor.job is not None:
+            visitor.job.cancel()
+        # Removing an open file is fine; the running answer has it open until it ends.
+        self.store.remove(visitor.folder)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
+def renamed(message: str, media: Sequence[Path], names: Sequence[str]) -> str:
+    """An error message with the visitor's file names where it names our paths."""
+    for path, name in zip(media, names, strict=False):
+        message = message.replace(str(path), name)
+    return message
