@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from crab_edge_apps.demo import markup
 from crab_edge_apps.demo.texts import about, say
-from crab_edge_apps.demo.visitors import Skipped, Turn
+from crab_edge_apps.demo.turns import Skipped, Turn
 
 from crab_edge.results import (
     Answer,
@@ -63,10 +63,11 @@ def _all(turn: Turn, language: str) -> str:
     )
     common = set.intersection(*(set(answer.notices) for answer in turn.answers)) if turn.answers else set()
     cells = "".join(_cell(answer, language, common) for answer in turn.answers)
+    skipped = _skipped(turn.skipped, language)
     return (
         f'<article class="ce-answer ce-all">{_asked(turn.question, say(language, "all_tasks"))}'
         f'<div class="ce-grid">{cells}</div>{_notices([n for n in _first(turn) if n in common])}'
-        f'<p class="ce-facts"><span>{markup.text(summary)}</span></p>{_skipped(turn.skipped, language)}</article>'
+        f'<p class="ce-facts"><span>{markup.text(summary)}</span></p>{skipped}</article>'
     )
 
 

@@ -9,21 +9,21 @@ from typing import Any
 
 import gradio as gr
 from crab_edge_apps.demo import asking
-from crab_edge_apps.demo.visitors import Turn, Visitors
+from crab_edge_apps.demo.turns import Turn
+from crab_edge_apps.demo.visitors import Visitors
 from crab_edge_apps.demo.worker import Job, Worker
 
-from crab_edge.errors import CrabError, InputError
+from crab_edge.errors import CrabError
 
 
 def endpoint(visitors: Visitors, answering: Worker, decoding: Worker) -> Callable[..., Any]:
-    """The function behind `/ask`: uploaded media in, answers as JSON out; the media are removed afterwards."""
+    """The function behind `/ask`: uploaded media in, answers as JSON out; media are removed at the end."""
 
     async def ask(media: list[dict], question: str = "", task: str = "") -> dict:
-        """Answers a question about a clip, runs one task, or every task that applies when neither is given."""
+        """Answers a question about a clip or runs a task; with neither, every task that applies."""
         key = f"api-{secrets.token_hex(8)}"
         try:
-            paths = [visitors.store.check_upload(str(file.get("path"))) for file in _files(media)]
-            names = [path.name for path in paths]
+            paths, names = visitors.store.uploaded(media)
             visitor = await decoding.submit(lambda _: visitors.open(key, paths, names)).wait()
             words, asked_at = question.strip() or None, time.perf_counter()
 
@@ -50,9 +50,3 @@ def endpoint(visitors: Visitors, answering: Worker, decoding: Worker) -> Callabl
         }
 
     return ask
-
-
-def _files(media: Any) -> list[dict[str, Any]]:
-    if not isinstance(media, list) or not all(isinstance(file, dict) for file in media):
-        raise InputError("media: expected a list of uploaded files; use gradio_client.handle_file(path)")
-    return media

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from crab_edge_apps.demo.visitors import Skipped, Turn
+from crab_edge_apps.demo.turns import Skipped, Turn
 
 from crab_edge import tasks
 from crab_edge.resolved import misfit
@@ -44,7 +44,7 @@ def answer(
 
 
 def all_tasks(job: Job, session: Session, question: str | None, names: list[str], *, asked_at: float) -> Turn:
-    """Runs tasks over one decode, with one prefix for each media recipe; emits the number of tokens so far."""
+    """Runs tasks over one decode, with one prefix for each media recipe; emits how many tokens there are."""
     started = time.perf_counter()
     steps = 0
 
@@ -58,6 +58,13 @@ def all_tasks(job: Job, session: Session, question: str | None, names: list[str]
 
     answers = session.ask_all(names, question, cancelled=stopped)
     return Turn("all", question, tuple(answers), (), None, started - asked_at, time.perf_counter() - started)
+
+
+def free_task() -> str:
+    """The task of a free question."""
+    from crab_edge.session import QUESTION_TASK
+
+    return QUESTION_TASK
 
 
 def plan(session: Session, question: str | None, untrained: bool) -> tuple[list[str], list[Skipped]]:

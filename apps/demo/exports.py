@@ -29,11 +29,10 @@ _KINDS = {
 
 def rows(visitor: Visitor, model: Model) -> list[dict[str, Any]]:
     """Every answer about the clip with what it was made from and by; media by the names they were given."""
-    clip = visitor.session.clip if visitor.session is not None else None
     about = {
         "media": list(visitor.names),
-        "sha256": clip.sha256 if clip is not None else None,
-        "duration_s": visitor.look.duration_s if visitor.look is not None else None,
+        "sha256": visitor.facts.sha256,
+        "duration_s": visitor.look.duration_s,
         "bundle": model.bundle.identity,
         "engine": model.engine.describe(),
     }
@@ -84,18 +83,19 @@ def video_link(visitor: Visitor, path: Path, language: str) -> str:
     """A link to the annotated video."""
     name = markup.text(f"{stem(visitor)}.annotated.mp4")
     label = markup.text(say(language, "export_file_video"))
-    return f'<div class="ce-links"><a class="ce-button" download="{name}" href="{url(path)}">{label}</a></div>'
+    return (
+        f'<div class="ce-links"><a class="ce-button" download="{name}" href="{url(path)}">{label}</a></div>'
+    )
 
 
 def make_video(visitor: Visitor, progress: Callable[[float], None]) -> Path:
     """Draws all answers into the clip's video; in the decoding thread. `progress` gets the share done."""
-    from crab_edge_apps._draw_video import annotate_video
+    from crab_edge_apps._draw import annotate_video
 
-    assert visitor.session is not None
-    video = visitor.session.clip.videos[0]
+    video = visitor.media[visitor.facts.kinds.index("video")]
     out = visitor.folder / f"annotated-{visitor.number}.mp4"
     visitor.number += 1
-    annotate_video(video.path, _told(visitor), out, progress=progress)
+    annotate_video(video, _told(visitor), out, progress=progress)
     return out
 
 

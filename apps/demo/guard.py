@@ -29,6 +29,16 @@ _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
+# What the page and the API client use of Gradio's routes; its proxies, editors and monitors stay shut.
+_OPEN = tuple(
+    "/config /login /logout /assets/ /static/ /favicon.ico /theme.css /manifest.json /robots.txt".split()
+) + tuple(
+    f"/gradio_api/{route}"
+    for route in (
+        "queue/ call/ upload file= info heartbeat/ startup-events cancel reset login_check user token app_id "
+        "theme.css"
+    ).split()
+)
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _MOST_JSON = 1 << 20
 _SLACK = 1 << 16
@@ -76,7 +86,9 @@ class Guard:
         if self._names is not None and _host(headers) not in self._names:
             return 421, "this demo answers to localhost only; start it with --host to open it to others"
         path = _path(scope)
-        if "/proxy=" in path or "/file=http:" in path.lower() or "/file=https:" in path.lower():
+        if path != "/" and not path.startswith(_OPEN):
+            return 404, "there is no such page here"
+        if path.lower().startswith(("/gradio_api/file=http:", "/gradio_api/file=https:")):
             return 403, "nothing is fetched from elsewhere"
         if path.endswith("/upload"):
             length = headers.get(b"content-length", b"")

@@ -30,7 +30,7 @@ _LOOKS_PER_COLUMN = 6
 
 @dataclass(frozen=True)
 class Look:
-    """A clip at a glance. Pictures are data URIs; `thumbnails` are (seconds, picture) evenly over the clip."""
+    """A clip at a glance. Pictures are data URIs; `thumbnails`: (seconds, picture), evenly over the clip."""
 
     duration_s: float
     thumbnails: tuple[tuple[float, str], ...]
@@ -66,7 +66,9 @@ def _thumbnails(video: VideoTrack, aspect: float) -> tuple[tuple[float, str], ..
     return tuple(out)
 
 
-def levels(audio: AudioTrack, duration_s: float, columns: int = COLUMNS, rows: int = ROWS) -> NDArray[np.float32]:
+def levels(
+    audio: AudioTrack, duration_s: float, columns: int = COLUMNS, rows: int = ROWS
+) -> NDArray[np.float32]:
     """float32 [rows, columns] in 0..1: power over time (the whole clip) and log frequency, low ones last.
 
     Read ten seconds at a time; of long clips a few moments of each column are looked at.

@@ -2,74 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from crab_edge_apps.demo import markup
-from crab_edge_apps.demo.actions import Actions, Changes
-from crab_edge_apps.demo.texts import LANGUAGES, for_browser, preferred, say
+from crab_edge_apps.demo.actions import Actions
+from crab_edge_apps.demo.api import endpoint
+from crab_edge_apps.demo.render import Changes, Parts, Renderer, choices, header
+from crab_edge_apps.demo.texts import LANGUAGES, preferred, say
 
+if TYPE_CHECKING:
+    from crab_edge_apps.demo.visitors import Visitors
+    from crab_edge_apps.demo.worker import Worker
+
+    from crab_edge.session import Model
+
+# What the page is made in; it changes when the browser prefers another language.
+FIRST = "en"
 STATIC = Path(__file__).parent / "static"
 # Ours to stream and to queue: Gradio's own queue only passes events on.
-_PASS = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+_PASS: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 
-@dataclass
-class Parts:
-    """The page's components by what they are for. `labelled`: (component, property, key of its text)."""
+@dataclass(frozen=True)
+class Shown:
+    """What the page says about itself. `language`: None follows the browser."""
 
-    header: Any = None
-    language: Any = None
-    stage: Any = None
-    message: Any = None
-    file: Any = None
-    camera_button: Any = None
-    microphone_button: Any = None
-    example: Any = None
-    camera: Any = None
-    microphone: Any = None
-    question: Any = None
-    task: Any = None
-    go: Any = None
-    go_all: Any = None
-    stop: Any = None
-    options: Any = None
-    untrained: Any = None
-    record: Any = None
-    suggestions: Any = None
-    answers_heading: Any = None
-    live: Any = None
-    thread: Any = None
-    timeline: Any = None
-    pictures: Any = None
-    panel: Any = None
-    exports: Any = None
-    make_video: Any = None
-    made_video: Any = None
-    router: Any = None
-    labelled: list[tuple[Any, str, str]] = field(default_factory=list)
-
-    def all(self) -> list[Any]:
-        """Every component."""
-        return [part for name, part in vars(self).items() if name != "labelled"]
+    max_mb: float
+    max_minutes: float
+    language: str | None
 
 
-def build(actions: Actions, language: str | None) -> gr.Blocks:
-    """The page. `language`: None follows the browser."""
-    first = language or "en"
+def build(model: Model, visitors: Visitors, workers: tuple[Worker, Worker], shown: Shown) -> gr.Blocks:
+    """The page over a model. `workers`: for answering and for decoding."""
+    first = shown.language or FIRST
     with gr.Blocks(title="Crab Edge", analytics_enabled=False, fill_width=True) as blocks:
-        parts = _lay_out(actions, first)
-        actions.parts = parts
-        for part, change in actions.everything(None, first).items():
+        parts = _lay_out(first)
+        renderer = Renderer(model, parts, (shown.max_mb, shown.max_minutes))
+        for part, change in renderer.everything(None, first).items():
             if isinstance(change, str):
                 part.value = change
-        _wire(blocks, actions, parts, language)
+        _wire(blocks, Actions(visitors, *workers, renderer, parts), parts, shown.language)
+        gr.api(endpoint(visitors, *workers), api_name="ask", concurrency_limit=None)
     return blocks
 
 
-def _lay_out(actions: Actions, language: str) -> Parts:
+def _lay_out(language: str) -> Parts:
     parts = Parts()
 
     def words(key: str) -> str:
@@ -81,7 +61,8 @@ def _lay_out(actions: Actions, language: str) -> Parts:
 
     def html(name: str, card: bool = False, **options: Any) -> Any:
         classes = ["ce-html", *(["ce-card"] if card else [])]
-        return gr.HTML(elem_id=f"ce-{name}", elem_classes=classes, js_on_load=None, **options)
+        plain: dict[str, Any] = {"js_on_load": None, "apply_default_css": False}
+        return gr.HTML(elem_id=f"ce-{name}", elem_classes=classes, **plain, **options)
 
     with gr.Row(elem_id="ce-top"):
         parts.header = html("header", value=header(language))
@@ -159,7 +140,7 @@ def _lay_out(actions: Actions, language: str) -> Parts:
                 )
                 parts.task = labelled(
                     gr.Dropdown(
-                        actions.choices(None, language),
+                        choices(None, language),
                         value="",
                         label=words("task"),
                         elem_id="ce-task",
@@ -173,9 +154,7 @@ def _lay_out(actions: Actions, language: str) -> Parts:
             with gr.Row(elem_id="ce-buttons"):
                 parts.go = gr.Button(words("go"), variant="primary", elem_id="ce-go", min_width=100)
                 parts.go_all = gr.Button(words("go_all"), elem_id="ce-go-all", min_width=110)
-                parts.stop = gr.Button(
-                    words("stop"), variant="stop", interactive=False, elem_id="ce-stop", min_width=80
-                )
+                parts.stop = gr.Button(words("stop"), variant="stop", elem_id="ce-stop", min_width=80)
                 for part, key in ((parts.go, "go"), (parts.go_all, "go_all"), (parts.stop, "stop")):
                     labelled(part, "value", key)
             parts.options = labelled(
@@ -207,70 +186,39 @@ def _lay_out(actions: Actions, language: str) -> Parts:
     return parts
 
 
-def header(language: str) -> str:
-    """Name, one line of explanation, and the texts that the page's script shows."""
-    texts = "".join(
-        f' data-{key.replace("_", "-")}="{markup.text(value)}"' for key, value in for_browser(language).items()
-    )
-    name = "Crab Edge"
-    return (
-        f'<header class="ce-header" data-language="{language}"{texts}>{_MARK}'
-        f"<div><h1>{name}</h1><p>{markup.text(say(language, 'tagline'))}</p></div></header>"
-    )
-
-
-_MARK = (
-    '<svg class="ce-mark" viewBox="0 0 40 40" aria-hidden="true" fill="none" stroke="currentColor" '
-    'stroke-width="2.4" stroke-linecap="round" stroke-linejoin="round">'
-    '<path d="M9 23c0-6 5-9 11-9s11 3 11 9-5 9-11 9-11-3-11-9z"/><path d="M15 14V9M25 14V9"/>'
-    '<path d="M9 20C4 18 3 13 6 8l3 4M31 20c5-2 6-7 3-12l-3 4"/><path d="M9 27l-5 3M31 27l5 3M12 31l-3 4M28 31l3 4"/>'
-    '<path d="M16 24c2.500 2 5.500 2 8 0"/></svg>'
-)
-
-
 def _wire(blocks: gr.Blocks, actions: Actions, parts: Parts, language: str | None) -> None:
-    every = parts.all()
+    every, changed = parts.all(), parts.about_answers()
     for source, event in ((parts.file, "upload"), (parts.camera, "change"), (parts.microphone, "change")):
-        getattr(source, event)(actions.open_files, [source, parts.language], every, **_PASS)
+        # Raw: our own check of the paths, and no file of Gradio's making beside them.
+        listen = getattr(source, event)
+        listen(actions.open_files, [source, parts.language], every, preprocess=False, **_PASS)
     parts.example.click(actions.open_example, [parts.language], every, **_PASS)
-    asked = [parts.question, parts.task, parts.record, parts.language]
-    parts.go.click(actions.ask, asked, every, **_PASS)
-    parts.question.submit(actions.ask, asked, every, **_PASS)
-    parts.go_all.click(actions.ask_all, [parts.question, parts.untrained, parts.language], every, **_PASS)
+    one = [parts.question, parts.task, parts.record, parts.language]
+    for asked in (
+        parts.go.click(actions.ask, one, parts.live, **_PASS),
+        parts.question.submit(actions.ask, one, parts.live, **_PASS),
+        parts.go_all.click(
+            actions.ask_all, [parts.question, parts.untrained, parts.language], parts.live, **_PASS
+        ),
+    ):
+        asked.then(actions.told, [parts.language], changed, **_PASS)
     parts.stop.click(actions.stop, None, None, queue=False, **_PASS)
-    parts.make_video.click(actions.make_video, [parts.language], every, **_PASS)
+    parts.make_video.click(actions.make_video, [parts.language], parts.made_video, **_PASS)
 
     def toggle(which: str) -> Changes:
         other = "microphone" if which == "camera" else "camera"
-        return {getattr(parts, which): gr.update(visible=True), getattr(parts, other): gr.update(visible=False)}
+        shown, hidden = getattr(parts, which), getattr(parts, other)
+        return {shown: gr.update(visible=True), hidden: gr.update(visible=False)}
 
     for which, button in (("camera", parts.camera_button), ("microphone", parts.microphone_button)):
         button.click(lambda which=which: toggle(which), None, [parts.camera, parts.microphone], **_PASS)
 
-    def speak(code: str, request: gr.Request) -> Changes:
-        return _translated(actions, parts, code, str(request.session_hash))
-
     def arrive(request: gr.Request) -> Changes:
-        code = language or preferred(request.headers.get("accept-language", ""))
-        return {parts.language: code, **_translated(actions, parts, code, str(request.session_hash))}
+        wanted = language or preferred(request.headers.get("accept-language", ""))
+        if wanted == (language or FIRST):
+            return {parts.language: gr.skip()}
+        return {parts.language: wanted, **actions.speak(wanted, request)}
 
-    parts.language.input(speak, [parts.language], every, **_PASS)
+    parts.language.input(actions.speak, [parts.language], every, **_PASS)
     blocks.load(arrive, None, every, **_PASS)
     blocks.unload(actions.leave)
-
-
-def _translated(actions: Actions, parts: Parts, language: str, key: str) -> Changes:
-    """The whole page in a language."""
-    labels = {
-        component: gr.update(**{prop: say(language, text)}) for component, prop, text in parts.labelled
-    }
-    changes = actions.everything(actions.visitors.get(key), language)
-    for component, update in labels.items():
-        before = changes.get(component)
-        changes[component] = {**before, **update} if isinstance(before, dict) else update
-    changes[parts.question] = gr.update(
-        label=say(language, "question"), placeholder=say(language, "question_hint")
-    )
-    changes[parts.header] = header(language)
-    changes[parts.answers_heading] = markup.heading(say(language, "answers"))
-    return changes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from crab_edge_apps.demo import markup
 from crab_edge_apps.demo.texts import say
-from crab_edge_apps.demo.visitors import Turn
+from crab_edge_apps.demo.turns import Turn
 
 if TYPE_CHECKING:
     from crab_edge.session import Model
@@ -19,7 +19,7 @@ def panel(model: Model, turns: Sequence[Turn], language: str) -> str:
     described = model.engine.describe()
     details = [f"{described[key]}" for key in ("provider", "version") if described.get(key)]
     if described.get("threads"):
-        details.append(f"{described['threads']} threads")
+        details.append(say(language, "threads", n=described["threads"]))
     recipe = model.bundle.manifest.recipe
     precision = say(
         language,

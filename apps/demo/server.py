@@ -74,24 +74,14 @@ class Server:
     def _launch(self, port: int, max_bytes: int) -> str:
         # Read by Gradio when it makes its components: uploads go to the private folder.
         os.environ["GRADIO_TEMP_DIR"] = str(self.store.uploads)
-        import gradio as gr
         from crab_edge_apps.demo import page
-        from crab_edge_apps.demo.actions import Actions
-        from crab_edge_apps.demo.api import endpoint
         from crab_edge_apps.demo.visitors import Visitors
         from starlette.middleware import Middleware
 
         settings = self.settings
         self.visitors = Visitors(self.store, self.model, settings.max_minutes)
-        limits = (settings.max_mb, settings.max_minutes)
-        actions = Actions(self.model, self.visitors, self._answering, self._decoding, limits)
-        self.blocks = page.build(actions, settings.language)
-        with self.blocks:
-            gr.api(
-                endpoint(self.visitors, self._answering, self._decoding),
-                api_name="ask",
-                concurrency_limit=None,
-            )
+        shown = page.Shown(settings.max_mb, settings.max_minutes, settings.language)
+        self.blocks = page.build(self.model, self.visitors, (self._answering, self._decoding), shown)
         guard = Middleware(
             Guard,
             local=is_loopback(settings.host) and not settings.share,
@@ -173,7 +163,7 @@ def _load(settings: Settings) -> Any:
 
 
 def _quiet_gradio() -> None:
-    """Before Gradio is imported: no telemetry, and its check of its own address doesn't go through a proxy."""
+    """Before Gradio is imported: no telemetry, and no proxy for its check of its own address."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     for name in ("NO_PROXY", "no_proxy"):
         before = [entry for entry in os.environ.get(name, "").split(",") if entry]
@@ -214,8 +204,7 @@ def _example_folder() -> Path:
 def _theme() -> Any:
     import gradio as gr
 
-    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Noto Sans CJK SC", "sans-serif"]
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
-    return gr.themes.Base(
-        font=fonts, font_mono=mono, primary_hue="teal", neutral_hue="slate", radius_size="lg", spacing_size="md"
-    )
+    hues = {"primary_hue": "teal", "neutral_hue": "slate"}
+    return gr.themes.Base(font=fonts, font_mono=mono, radius_size="lg", spacing_size="md", **hues)

@@ -18,20 +18,22 @@ _ICON = (
 
 def nothing(language: str, max_mb: float, max_minutes: float) -> str:
     """The empty stage."""
-    limits = say(language, "limits", mb=f"{max_mb:g}", minutes=f"{max_minutes:g}")
     box = markup.empty(say(language, "empty_title"), say(language, "empty_text"), _ICON)
-    return f'<div class="ce-stage ce-drop">{box}<p class="ce-limits">{markup.text(limits)}</p></div>'
+    return f'<div class="ce-stage ce-drop">{box}</div>{_limits(language, max_mb, max_minutes)}'
 
 
-def opened(visitor: Visitor, language: str) -> str:
+def opened(visitor: Visitor, language: str, max_mb: float, max_minutes: float) -> str:
     """Players for the clip's files and one line of facts."""
-    assert visitor.session is not None or visitor.look is not None
-    players = "".join(_players(visitor))
+    players = "".join(
+        _player(path, name, kind)
+        for path, name, kind in zip(visitor.media, visitor.names, visitor.facts.kinds, strict=True)
+    )
     unplayable = f'<p class="ce-note ce-unplayable" hidden>{markup.text(say(language, "no_player"))}</p>'
-    notices = "".join(f'<p class="ce-note">{markup.text(notice)}</p>' for notice in _notices(visitor))
+    notices = "".join(f'<p class="ce-note">{markup.text(notice)}</p>' for notice in visitor.facts.notices)
     return (
         f'<figure class="ce-stage ce-drop" id="ce-player">{players}{unplayable}'
-        f'<figcaption class="ce-facts">{_facts(visitor, language)}</figcaption></figure>{notices}'
+        f'<figcaption class="ce-facts">{_facts(visitor, language)}</figcaption></figure>'
+        f"{notices}{_limits(language, max_mb, max_minutes)}"
     )
 
 
@@ -40,42 +42,23 @@ def url(path: Path) -> str:
     return "gradio_api/file=" + quote(str(path))
 
 
-def _players(visitor: Visitor) -> list[str]:
-    session = visitor.session
-    if session is None:
-        return []
-    clip = session.clip
-    pictured = {video.path for video in clip.videos}
-    out = []
-    for path, name in zip(visitor.media, visitor.names, strict=True):
-        source, label = url(path), markup.text(name)
-        if path in pictured:
-            out.append(
-                f'<video src="{source}" controls playsinline preload="metadata" aria-label="{label}"></video>'
-            )
-        elif any(image.path == path for image in clip.images):
-            out.append(f'<img src="{source}" alt="{label}">')
-        else:
-            out.append(f'<audio src="{source}" controls preload="metadata" aria-label="{label}"></audio>')
-    return out
+def _limits(language: str, max_mb: float, max_minutes: float) -> str:
+    limits = say(language, "limits", mb=f"{max_mb:g}", minutes=f"{max_minutes:g}")
+    return f'<p class="ce-limits">{markup.text(limits)}</p>'
+
+
+def _player(path: Path, name: str, kind: str) -> str:
+    source, label = url(path), markup.text(name)
+    if kind == "image":
+        return f'<img src="{source}" alt="{label}">'
+    how = "playsinline " if kind == "video" else ""
+    return f'<{kind} src="{source}" controls {how}preload="metadata" aria-label="{label}"></{kind}>'
 
 
 def _facts(visitor: Visitor, language: str) -> str:
-    facts = []
-    if visitor.session is not None:
-        clip = visitor.session.clip
-        facts += [f"{video.width} × {video.height}" for video in clip.videos]
-        facts += [f"{image.width} × {image.height}" for image in clip.images]
-        if clip.duration_s > 0:
-            facts.append(f"{clip.duration_s:.1f} s")
-        facts.append(say(language, "with_sound" if clip.audios else "no_sound"))
+    facts = [f"{width} × {height}" for width, height in visitor.facts.sizes]
+    if visitor.look.duration_s > 0:
+        facts.append(f"{visitor.look.duration_s:.1f} s")
+    facts.append(say(language, "with_sound" if visitor.facts.sound else "no_sound"))
     name = f'<span class="ce-name">{markup.text(" + ".join(visitor.names))}</span>'
     return name + "".join(f"<span>{markup.text(fact)}</span>" for fact in facts)
-
-
-def _notices(visitor: Visitor) -> list[str]:
-    from crab_edge_apps.demo.visitors import renamed
-
-    if visitor.session is None:
-        return []
-    return [renamed(notice, visitor.media, visitor.names) for notice in visitor.session.notices]

@@ -1,8 +1,8 @@
 """The demo's private folder: uploads, a folder for each visitor, nothing left behind.
 
-Files lie under names made here, never under the names they were uploaded with. The folder is this user's alone
-(mode 0700). A run that was killed can't tidy up, so the next one does: a folder whose lock nobody holds is
-nobody's.
+Files lie under names made here, never under the names they were uploaded with. The folder is this user's
+alone (mode 0700). A run that was killed can't tidy up, so the next one does: a folder whose lock nobody holds
+is nobody's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from crab_edge.errors import CrabError, InputError
 
@@ -26,7 +26,8 @@ _SWEEP_EVERY_S = 60.0
 _UPLOAD_AGE_S = 15 * 60.0
 # Browsers choose a player by the suffix; anything else is offered for download only.
 _SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .webm .mkv .ogv .wav .mp3 .m4a .aac .ogg .oga .opus .flac .png .jpg .jpeg .gif .webp".split()
+    ".mp4 .m4v .mov .webm .mkv .ogv .wav .mp3 .m4a .aac .ogg .oga .opus .flac".split()
+    + ".png .jpg .jpeg .gif .webp".split()
 )
 
 
@@ -49,8 +50,19 @@ class Store:
         folder.mkdir(mode=0o700, parents=True)
         return folder
 
-    def check_upload(self, path: str | Path) -> Path:
-        """The path of an uploaded file; InputError if it isn't one (a hostile client may name any file)."""
+    def uploaded(self, files: Any) -> tuple[list[Path], list[str]]:
+        """Paths and shown names of what a client says it uploaded, as Gradio's file data.
+
+        InputError for anything else: a hostile client may name any file.
+        """
+        if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+            raise InputError("expected a list of uploaded files")
+        paths = [self.check_upload(str(file.get("path"))) for file in files]
+        given = [str(file.get("orig_name") or path.name) for file, path in zip(files, paths, strict=True)]
+        return paths, [name.replace("\\", "/").rpartition("/")[2][:200] or "clip" for name in given]
+
+    def check_upload(self, path: str) -> Path:
+        """The path of an uploaded file; InputError if it isn't one."""
         try:
             real = Path(path).resolve(strict=True)
         except (OSError, ValueError, RuntimeError):

@@ -43,8 +43,8 @@ _EN = {
     "try_asking": "Try",
     "answers": "Answers",
     "no_answers_title": "Nothing asked yet",
-    "no_answers_text": "Ask a question, choose a task, or let all tasks run. The first answer reads the clip; "
-    "follow-up questions reuse what was read.",
+    "no_answers_text": "Ask a question, choose a task, or let all tasks run. The first answer reads the "
+    "clip; follow-up questions reuse what was read.",
     "thinking": "Reading the clip",
     "answering": "Answering",
     "queued": "Waiting; ahead of you: {n}",
@@ -88,6 +88,7 @@ _EN = {
     "bundle": "Bundle",
     "precision": "Precision",
     "precision_value": "{bits}-bit weights, block {block}; adapters {adapter} bits, towers {tower}, KV {kv}",
+    "threads": "threads: {n}",
     "tokens_s": "Tokens/s",
     "memory": "Memory",
     "memory_value": "{now} MB (peak {peak} MB)",
@@ -103,8 +104,8 @@ _EN = {
     "export_no_video": "Only clips with a video can be annotated",
     "export_file_video": "Annotated video",
     "router": "Router",
-    "router_hint": "Which expert spoke, by layer, token and modality. Tick “Record the router” under Options, "
-    "then ask.",
+    "router_hint": "Which expert spoke, by layer, token and modality. Tick “Record the router” under "
+    "Options, then ask.",
     "error": "That didn't work",
     "unexpected": "Something failed inside the demo ({kind}); the terminal that runs it says more",
     "busy": "Too many questions are waiting already; try again in a moment",
@@ -192,6 +193,7 @@ _ZH = {
     "bundle": "模型包",
     "precision": "精度",
     "precision_value": "权重 {bits} 位，块 {block}；适配器 {adapter} 位，编码器 {tower} 位，KV {kv}",
+    "threads": "线程：{n}",
     "tokens_s": "词元/秒",
     "memory": "内存",
     "memory_value": "{now} MB（峰值 {peak} MB）",
@@ -263,8 +265,7 @@ _ABOUT = {
     },
 }
 
-# What a streamed error says in English is the exact message of the library; Chinese pages lead into it.
-_PLAYER = ("uploading", "too_big", "no_player", "position")
+_PLAYER = ("uploading", "too_big")
 
 
 def say(language: str, key: str, **slots: Any) -> str:

@@ -1,4 +1,4 @@
-"""The time line: thumbnails above what was seen, the spectrogram above what was heard, one time axis for all."""
+"""The time line: thumbnails above what was seen, the spectrogram above what was heard, one axis for all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Lane:
 
 
 def lanes(answers: Iterable[Answer], track: str) -> list[Lane]:
-    """The lanes of a track ("visual" or "audio") in the order of the text; an event told twice stands once."""
+    """A track's ("visual" or "audio") lanes in the order of the text; an event told twice stands once."""
     found: dict[tuple[str, str], dict[tuple[float, float, str], Event]] = {}
     for answer in answers:
         for event in answer.parsed:
@@ -46,10 +46,11 @@ def has_events(answers: Sequence[Answer]) -> bool:
 
 
 def timeline(look: Look | None, answers: Sequence[Answer], language: str, finders: Sequence[str]) -> str:
-    """The whole card. `answers`: whose events are shown; `finders`: the tasks that find events in this clip."""
+    """The whole card. `answers`: whose events are shown; `finders`: the tasks that find events here."""
     if look is None or look.duration_s <= 0:
-        hint = markup.empty("", say(language, "timeline_empty")) if look is None else ""
-        return hint and markup.heading(say(language, "timeline")) + hint
+        if look is not None:  # a picture alone has no time
+            return ""
+        return markup.heading(say(language, "timeline")) + markup.empty("", say(language, "timeline_empty"))
     tasks = list(dict.fromkeys(answer.task for answer in answers if has_events([answer])))
     hint = say(language, "timeline_hint")
     parts = [markup.heading(say(language, "timeline"), hint)]
@@ -66,18 +67,15 @@ def timeline(look: Look | None, answers: Sequence[Answer], language: str, finder
         parts.append(_row("heard", _spectrogram(look), lanes(answers, "audio"), duration, language, several))
     parts.append('<div class="ce-over" aria-hidden="true"><div class="ce-playhead"></div></div></div>')
     if not tasks and finders:
-        parts.append(
-            f'<p class="ce-note-quiet">{markup.text(say(language, "no_events", tasks=", ".join(finders)))}</p>'
-        )
+        told = say(language, "no_events", tasks=", ".join(finders))
+        parts.append(f'<p class="ce-note-quiet">{markup.text(told)}</p>')
     elif tasks:
         told = f"{say(language, 'events_of')} {', '.join(tasks)}"
         parts.append(f'<p class="ce-note-quiet">{markup.text(told)}</p>')
     return "".join(parts)
 
 
-def _row(
-    track: str, strip: str, rows: list[Lane], duration: float, language: str, several: bool
-) -> str:
+def _row(track: str, strip: str, rows: list[Lane], duration: float, language: str, several: bool) -> str:
     name = markup.text(say(language, track))
     shown = "".join(_lane(lane, duration, language, several) for lane in rows[:_MOST_LANES])
     return (
@@ -99,7 +97,8 @@ def _lane(lane: Lane, duration: float, language: str, several: bool) -> str:
         task = f'<span class="ce-of">{markup.text(lane.task)}</span>' if several else ""
         bars.append(
             f'<button type="button" class="ce-event {markup.colour(lane.label)}" '
-            f'style="left:{left:.3f}%;width:{width:.3f}%" data-seek="{event.start_s:.3f}" data-end="{event.end_s:.3f}" '
+            f'style="left:{left:.3f}%;width:{width:.3f}%" '
+            f'data-seek="{event.start_s:.3f}" data-end="{event.end_s:.3f}" '
             f'aria-label="{markup.text(spoken)}" title="{markup.text(spoken)}">'
             f'{both}<span class="ce-label">{markup.text(event.label)}</span>{task}</button>'
         )
@@ -113,15 +112,13 @@ def _axis(duration: float, language: str) -> str:
         place = 100 * number * step / duration
         if place > 97:
             break
-        marks.append(
-            f'<span style="left:{place:.3f}%">{markup.clock(number * step, tenths=step < 1)}</span>'
-        )
+        marks.append(f'<span style="left:{place:.3f}%">{markup.clock(number * step, tenths=step < 1)}</span>')
     label = markup.text(say(language, "position"))
     return (
         '<div class="ce-track ce-axis-row"><div class="ce-track-name"></div>'
         f'<div class="ce-axis" data-scrub tabindex="0" role="slider" aria-label="{label}" '
         f'aria-valuemin="0" aria-valuemax="{duration:.1f}" aria-valuenow="0" aria-valuetext="0:00">'
-        f'{"".join(marks)}</div></div>'
+        f"{''.join(marks)}</div></div>"
     )
 
 

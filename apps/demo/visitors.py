@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from crab_edge_apps.demo.asking import suggestions
 from crab_edge_apps.demo.look import Look, look_at
 from crab_edge_apps.demo.store import Store
+from crab_edge_apps.demo.turns import Turn
 
 from crab_edge.errors import CrabError, InputError
 
 if TYPE_CHECKING:
     from crab_edge_apps.demo.worker import Job
 
-    from crab_edge.results import Answer
     from crab_edge.session import Model, Session
+    from crab_edge.tasks import Task
 
 # Decoded frames and sound of so many clips stay in memory; a further clip is decoded again when asked about.
 KEPT_DECODED = 3
@@ -30,42 +32,54 @@ _MOST_TURNS = 30
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A task that wasn't run: `why` is a key of the texts or, for tasks that need other inputs, the reason."""
+class Facts:
+    """What the page says about a clip, kept when its decoded media are put away.
 
-    task: str
-    family: str
-    why: str
-    other: str = ""
+    kinds: "video", "image" or "audio" for each file; sizes: (width, height) of each picture stream; trained,
+    untrained: the tasks that take it.
+    """
 
+    sha256: str
+    kinds: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
+    sound: bool
+    notices: tuple[str, ...]
+    trained: tuple[Task, ...]
+    untrained: tuple[Task, ...]
+    suggestions: tuple[str, ...]
 
-@dataclass
-class Turn:
-    """One question and what came of it. `first_token_s` and `took_s` leave out the wait for others."""
-
-    kind: str
-    question: str | None
-    answers: tuple[Answer, ...] = ()
-    skipped: tuple[Skipped, ...] = ()
-    first_token_s: float | None = None
-    waited_s: float = 0.0
-    took_s: float = 0.0
-
-    @property
-    def reused(self) -> bool:
-        """Whether its answers needed no reading of the clip."""
-        return bool(self.answers) and all(answer.timings.cached_tokens for answer in self.answers)
+    @classmethod
+    def of(cls, session: Session, media: Sequence[Path], names: Sequence[str]) -> Facts:
+        """Facts of an opened clip; `names` stand for our paths in its notices."""
+        clip = session.clip
+        videos, images = {video.path for video in clip.videos}, {image.path for image in clip.images}
+        trained = session.applicable(trained=True)
+        return cls(
+            clip.sha256,
+            tuple("video" if path in videos else "image" if path in images else "audio" for path in media),
+            tuple((video.width, video.height) for video in clip.videos)
+            + tuple((image.width, image.height) for image in clip.images),
+            bool(clip.audios),
+            tuple(renamed(notice, media, names) for notice in session.notices),
+            tuple(trained),
+            tuple(task for task in session.applicable() if task not in trained),
+            tuple(suggestions(session)),
+        )
 
 
 @dataclass
 class Visitor:
-    """One open page. `names` are the files' names as uploaded, for showing only; `drawn`: task -> picture."""
+    """One open page. `names` are the files' names as uploaded, for showing only; `drawn`: task -> picture.
+
+    `session` is None while the decoded media are put away.
+    """
 
     folder: Path
-    media: tuple[Path, ...] = ()
-    names: tuple[str, ...] = ()
-    look: Look | None = None
-    session: Session | None = None
+    media: tuple[Path, ...]
+    names: tuple[str, ...]
+    look: Look
+    facts: Facts
+    session: Session | None
     turns: list[Turn] = field(default_factory=list)
     drawn: dict[str, str] = field(default_factory=dict)
     job: Job | None = None
@@ -116,9 +130,10 @@ class Visitors:
         try:
             for number, path in enumerate(uploads):
                 media.append(path if keep else self.store.take(path, folder, number))
-            fresh = Visitor(folder, tuple(media), tuple(names))
-            fresh.session = self._opened(fresh)
-            fresh.look = look_at(fresh.session.clip)
+            session = self.model.open(list(media), max_minutes=self.max_minutes)
+            look = look_at(session.clip)
+            facts = Facts.of(session, media, names)
+            fresh = Visitor(folder, tuple(media), tuple(names), look, facts, session)
         except CrabError as error:
             self.store.remove(folder)
             raise type(error)(renamed(str(error), media, names)) from error
@@ -131,12 +146,9 @@ class Visitors:
     def session(self, visitor: Visitor) -> Session:
         """The visitor's clip, opened again if it was put away."""
         if visitor.session is None:
-            visitor.session = self._opened(visitor)
+            visitor.session = self.model.open(list(visitor.media), max_minutes=self.max_minutes)
             self._put_away()
         return visitor.session
-
-    def _opened(self, visitor: Visitor) -> Session:
-        return self.model.open(list(visitor.media), max_minutes=self.max_minutes)
 
     def _replace(self, key: str, fresh: Visitor) -> None:
         with self._lock:
@@ -157,8 +169,8 @@ class Visitors:
         with self._lock:
             decoded = [visitor for visitor in self._all.values() if visitor.session is not None]
             for visitor in decoded[:-KEPT_DECODED]:
-                if not visitor.busy and visitor.session is not None:
-                    visitor.session.clip.close()
+                # Only forgotten, not closed: a thread may just have begun to use it.
+                if not visitor.busy:
                     visitor.session = None
 
     def leave(self, key: str) -> None:

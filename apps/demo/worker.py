@@ -1,7 +1,7 @@
 """One thread for the model, one for decoding, each with a bounded queue.
 
-However many people use the page, one answer runs at a time and one clip is decoded at a time, so memory doesn't
-grow with the visitors. Jobs run in threads; their events are read in the server's event loop.
+However many people use the page, one answer runs at a time and one clip is decoded at a time, so memory
+doesn't grow with the visitors. Jobs run in threads; their events are read in the server's event loop.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Job:
         self._cancelled = threading.Event()
         self.finished = threading.Event()
         self.result: Any = None
+        self.failed = False
 
     def cancel(self) -> None:
         """Asks the job to end soon."""
@@ -62,7 +63,7 @@ class Job:
             while True:
                 try:
                     kind, value = await asyncio.wait_for(self._events.get(), TICK_S)
-                except asyncio.TimeoutError:  # noqa: UP041 - another class before Python 3.11
+                except asyncio.TimeoutError:
                     yield Tick(self._worker.ahead(self))
                     continue
                 if kind == "end":
@@ -85,6 +86,7 @@ class Job:
         try:
             self._send("end", self._work(self))
         except BaseException as error:
+            self.failed = True
             self._send("error", error)
         finally:
             self.finished.set()

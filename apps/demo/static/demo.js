@@ -102,8 +102,17 @@
       event.classList.toggle("ce-now", now >= from && now < to);
     }
   }
-  const loop = () => { paint(); requestAnimationFrame(loop); };
-  requestAnimationFrame(loop);
+  // Frames are only asked for while something plays.
+  let running = false;
+  function follow() {
+    paint();
+    const media = player();
+    running = Boolean(media && !media.paused && !media.ended);
+    if (running) requestAnimationFrame(follow);
+  }
+  for (const name of ["play", "playing", "pause", "seeking", "seeked", "timeupdate", "loadedmetadata", "ended"]) {
+    document.addEventListener(name, () => { if (!running) follow(); }, true);
+  }
 
   // Media the browser can't play ------------------------------------------------------------------------------
 
@@ -125,6 +134,17 @@
     field.dispatchEvent(new Event("input", { bubbles: true }));
     field.focus();
   }
+
+  // While an answer runs nothing else is asked: its card is the page's only place for it.
+  const busy = () => Boolean(find(".ce-live"));
+  document.addEventListener("click", (event) => {
+    const target = event.target instanceof Element ? event.target : null;
+    if (target && busy() && target.closest("#ce-go, #ce-go-all")) event.stopImmediatePropagation();
+  }, true);
+  document.addEventListener("keydown", (event) => {
+    const target = event.target instanceof Element ? event.target : null;
+    if (target && busy() && event.key === "Enter" && target.closest("#ce-question")) event.stopImmediatePropagation();
+  }, true);
 
   // Files -----------------------------------------------------------------------------------------------------
 
@@ -203,5 +223,6 @@
       if (place && place.closest("#ce-stage")) { wanted = null; message(null); break; }
       if (place && place.closest("#ce-message")) { message(null); break; }
     }
+    paint();
   }).observe(document.documentElement, { childList: true, subtree: true });
 })();
