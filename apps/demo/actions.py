@@ -43,13 +43,18 @@ class Actions:
     # Opening
 
     async def open_files(self, files: Any, language: str, request: gr.Request) -> AsyncIterator[Changes]:
-        """Uploaded or recorded files become the clip."""
-        if not files:
+        """Uploaded files become the clip."""
+        given = files if isinstance(files, list) else [files]
+        async for changes in self._open(given, language, str(request.session_hash)):
+            yield changes
+
+    async def open_recording(self, file: Any, language: str, request: gr.Request) -> AsyncIterator[Changes]:
+        """What the camera or the microphone took becomes the clip."""
+        if not file:
             # Emptying an input is a change too. Without a yield, Gradio would empty the whole page.
             yield {self.parts.message: gr.skip()}
             return
-        given = files if isinstance(files, list) else [files]
-        async for changes in self._open(given, language, str(request.session_hash)):
+        async for changes in self._open([file], language, str(request.session_hash), recorded=True):
             yield changes
 
     async def open_example(self, language: str, request: gr.Request) -> AsyncIterator[Changes]:
@@ -57,25 +62,29 @@ class Actions:
         async for changes in self._open(None, language, str(request.session_hash)):
             yield changes
 
-    async def _open(self, given: list[Any] | None, language: str, key: str) -> AsyncIterator[Changes]:
+    async def _open(
+        self, given: list[Any] | None, language: str, key: str, *, recorded: bool = False
+    ) -> AsyncIterator[Changes]:
         parts = self.parts
         yield {parts.message: _status(say(language, "opening"))}
         try:
             await self._end_running(key)
-            visitor: Visitor = await self._decoding.submit(lambda _: self._opened(key, given)).wait()
+            visitor: Visitor = await self._decoding.submit(
+                lambda _: self._opened(key, given, recorded)
+            ).wait()
         except Exception as error:
             yield {parts.message: explained(error, language), **self._emptied()}
             return
         shown = self.renderer.everything(visitor, language)
         yield {parts.message: "", parts.live: "", **self._emptied(), **shown}
 
-    def _opened(self, key: str, given: list[Any] | None) -> Visitor:
+    def _opened(self, key: str, given: list[Any] | None, recorded: bool) -> Visitor:
         if given is None:
             from crab_edge.bundle import sample_clip
 
             example = sample_clip()
             return self.visitors.open(key, [example], [example.name], keep=True)
-        return self.visitors.open(key, *self.visitors.store.uploaded(given))
+        return self.visitors.open(key, *self.visitors.store.uploaded(given), recorded=recorded)
 
     def _emptied(self) -> Changes:
         """The inputs forget what they were given: it's the page's clip now."""

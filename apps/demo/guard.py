@@ -35,8 +35,8 @@ _OPEN = tuple(
 ) + tuple(
     f"/gradio_api/{route}"
     for route in (
-        "queue/ call/ upload file= info heartbeat/ startup-events cancel reset login_check user token app_id "
-        "theme.css"
+        "queue/ run/ call/ upload file= info heartbeat/ startup-events cancel reset login_check user token "
+        "app_id theme.css"
     ).split()
 )
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")

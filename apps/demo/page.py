@@ -26,6 +26,10 @@ STATIC = Path(__file__).parent / "static"
 _PASS: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 
+# The model sees 224 x 224 pixels; Gradio would ask for 1920 x 1440.
+_CAMERA = {"video": {"width": {"ideal": 640}, "height": {"ideal": 480}}, "audio": True}
+
+
 @dataclass(frozen=True)
 class Shown:
     """What the page says about itself. `language`: None follows the browser."""
@@ -101,7 +105,7 @@ def _lay_out(language: str) -> Parts:
                     sources=["webcam"],
                     include_audio=True,
                     # Mirroring would need the ffmpeg program, and would show the model a mirror image.
-                    webcam_options=gr.WebcamOptions(mirror=False),
+                    webcam_options=gr.WebcamOptions(mirror=False, constraints=_CAMERA),
                     label=words("camera_label"),
                     visible=False,
                     height=300,
@@ -188,10 +192,11 @@ def _lay_out(language: str) -> Parts:
 
 def _wire(blocks: gr.Blocks, actions: Actions, parts: Parts, language: str | None) -> None:
     every, changed = parts.all(), parts.about_answers()
-    for source, event in ((parts.file, "upload"), (parts.camera, "change"), (parts.microphone, "change")):
-        # Raw: our own check of the paths, and no file of Gradio's making beside them.
-        listen = getattr(source, event)
-        listen(actions.open_files, [source, parts.language], every, preprocess=False, **_PASS)
+    # Raw file data: our own check of the paths, and no file of Gradio's making beside them.
+    raw: dict[str, Any] = {"preprocess": False, **_PASS}
+    parts.file.upload(actions.open_files, [parts.file, parts.language], every, **raw)
+    for recorder in (parts.camera, parts.microphone):
+        recorder.change(actions.open_recording, [recorder, parts.language], every, **raw)
     parts.example.click(actions.open_example, [parts.language], every, **_PASS)
     one = [parts.question, parts.task, parts.record, parts.language]
     for asked in (

@@ -71,18 +71,27 @@ class Store:
             raise InputError("only uploaded files can be opened; upload the file")
         return real
 
-    def take(self, upload: Path, folder: Path, number: int) -> Path:
-        """Moves an uploaded file into a visitor's folder, under a name of our own."""
+    def take(self, upload: Path, folder: Path, number: int, *, shown: bool = False) -> Path:
+        """Moves an uploaded file into a visitor's folder, under a name of our own.
+
+        `shown`: the page is about to play the upload, so it stays as well, until `drop`.
+        """
         suffix = upload.suffix.lower()
         place = folder / f"{number}{suffix if suffix in _SUFFIXES else '.bin'}"
         try:
-            os.replace(upload, place)
+            os.link(upload, place) if shown else os.replace(upload, place)
         except OSError as error:
             raise CrabError(f"the upload can't be kept ({error.strerror}); upload it again") from error
         os.chmod(place, 0o600)
-        with contextlib.suppress(OSError):
-            upload.parent.rmdir()
+        if not shown:
+            self.drop(upload)
         return place
+
+    def drop(self, upload: Path) -> None:
+        """Removes an upload, if it is still there, and its folder."""
+        with contextlib.suppress(OSError):
+            upload.unlink(missing_ok=True)
+            upload.parent.rmdir()
 
     def has_room(self, size: int) -> bool:
         """Whether `size` more bytes fit into what the folder may take."""

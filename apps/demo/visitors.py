@@ -81,6 +81,7 @@ class Visitor:
     facts: Facts
     session: Session | None
     turns: list[Turn] = field(default_factory=list)
+    left: tuple[Path, ...] = ()
     drawn: dict[str, str] = field(default_factory=dict)
     job: Job | None = None
     used: float = field(default_factory=time.monotonic)
@@ -115,11 +116,20 @@ class Visitors:
                 self._all.move_to_end(key)
             return visitor
 
-    def open(self, key: str, uploads: Sequence[Path], names: Sequence[str], *, keep: bool = False) -> Visitor:
+    def open(
+        self,
+        key: str,
+        uploads: Sequence[Path],
+        names: Sequence[str],
+        *,
+        keep: bool = False,
+        recorded: bool = False,
+    ) -> Visitor:
         """In the decoding thread: opens files as the visitor's clip, which replaces the one before.
 
-        `keep`: the files aren't uploads and stay where they are (the example). On an error the clip before
-        stays open. Raises what opening a clip raises, with the names that the visitor knows.
+        `keep`: the files aren't uploads and stay where they are (the example); `recorded`: the recorder
+        still shows them. On an error the clip before stays open. Raises what opening a clip raises, with
+        the names that the visitor knows.
         """
         if not uploads:
             raise InputError("no file was given; choose a video, a sound or a picture")
@@ -129,11 +139,12 @@ class Visitors:
         media: list[Path] = []
         try:
             for number, path in enumerate(uploads):
-                media.append(path if keep else self.store.take(path, folder, number))
+                media.append(path if keep else self.store.take(path, folder, number, shown=recorded))
             session = self.model.open(list(media), max_minutes=self.max_minutes)
             look = look_at(session.clip)
             facts = Facts.of(session, media, names)
             fresh = Visitor(folder, tuple(media), tuple(names), look, facts, session)
+            fresh.left = tuple(uploads) if recorded else ()
         except CrabError as error:
             self.store.remove(folder)
             raise type(error)(renamed(str(error), media, names)) from error
@@ -183,6 +194,8 @@ class Visitors:
     def _discard(self, visitor: Visitor) -> None:
         if visitor.job is not None:
             visitor.job.cancel()
+        for upload in visitor.left:
+            self.store.drop(upload)
         # Removing an open file is fine; the running answer has it open until it ends.
         self.store.remove(visitor.folder)
 

@@ -102,9 +102,13 @@ class Watched:
         self.errors: list[str] = []
         self.outside: list[str] = []
         page.set_default_timeout(30_000)
-        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        page.on("console", self._said)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("request", self._request)
+
+    def _said(self, message):
+        if message.type == "error":
+            self.errors.append(f"{message.text} ({message.location.get('url')})")
 
     def _request(self, request):
         if not request.url.startswith((self.url, "data:", "blob:")):

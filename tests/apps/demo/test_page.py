@@ -132,6 +132,7 @@ def test_exports(page):
 
 def test_an_answer_is_stopped_midway(page, demo, pictures):
     page.click("#ce-example-button")
+    opened(page, "sample.mp4")
     page.wait_for_selector("#ce-thread .ce-empty")
     demo.brake.pause_s = 0.4
     page.fill("#ce-question textarea", LONG)
@@ -167,11 +168,11 @@ def test_files_that_cant_be_used_are_refused_in_words(page, tmp_path, pictures):
 def test_a_recording_with_camera_and_microphone(page, pictures):
     page.click("#ce-camera-button")
     page.click("#ce-camera button")  # asks for the camera, which this browser makes up
-    page.wait_for_selector("#ce-camera button[aria-label='start recording']")
+    page.wait_for_selector("#ce-camera .capture-button")
     page.screenshot(path=pictures / "6-camera.png")
-    page.click("#ce-camera button[aria-label='start recording']")
-    page.wait_for_timeout(1500)
-    page.click("#ce-camera button[aria-label='stop recording']")
+    page.click("#ce-camera .capture-button")
+    page.wait_for_timeout(2000)
+    page.click("#ce-camera .capture-button:has-text('Stop')")
     page.wait_for_selector("#ce-player .ce-name:has-text('webm')")
     facts = page.inner_text("#ce-stage figcaption")
     assert "with sound" in facts and "×" in facts
