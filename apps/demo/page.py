@@ -48,8 +48,9 @@ def build(model: Model, visitors: Visitors, workers: tuple[Worker, Worker], show
         for part, change in renderer.everything(None, first).items():
             if isinstance(change, str):
                 part.value = change
-        _wire(blocks, Actions(visitors, *workers, renderer, parts), parts, shown.language)
+        # Before the page's own events, one of which would take the name.
         gr.api(endpoint(visitors, *workers), api_name="ask", concurrency_limit=None)
+        _wire(blocks, Actions(visitors, *workers, renderer, parts), parts, shown.language)
     return blocks
 
 

@@ -61,7 +61,9 @@ def _first_token(turns: Sequence[Turn], language: str) -> tuple[str, str]:
     """The first question's time, and the last follow-up's that reused its prefix, as a share of it."""
     first, follow = first_and_next(turns)
     if first is None:
-        return "–", say(language, "none_yet")
+        # The prefix may still be there from an earlier visit of the same clip.
+        value = "–" if follow is None else f"{markup.seconds(follow)} {say(language, 'ttft_next')}"
+        return value, say(language, "none_yet") if follow is None else ""
     value = f"{markup.seconds(first)} {say(language, 'ttft_first')}"
     if follow is None:
         return value, ""

@@ -13,7 +13,7 @@ _EN = {
     "empty_title": "No clip yet",
     "empty_text": "Drop a video, a sound or a picture here, record one, or try the example. "
     "A picture and its sound can be given together.",
-    "limits": "Up to {mb} MB and {minutes} minutes. It stays on the machine that runs this demo, and is "
+    "limits": "Up to {mb} MB and {minutes} min. It stays on the machine that runs this demo, and is "
     "removed when you leave.",
     "file": "Open file",
     "camera": "Camera",

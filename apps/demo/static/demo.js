@@ -151,7 +151,8 @@
   const chooser = () => find("input[type=file][data-ce]") || document.querySelectorAll("#ce-left input[type=file]")[0];
 
   function message(html) {
-    const place = find("#ce-message .ce-said") || (() => {
+    document.body.classList.toggle("ce-own", Boolean(html)); // hides what the server said last
+    const place = find(".ce-said") || (() => {
       const made = document.createElement("div");
       made.className = "ce-said";
       const host = find("#ce-stage");
