@@ -126,7 +126,7 @@ def _events(events: Sequence[Event], language: str) -> str:
         span = f"{markup.clock(event.start_s, True)} – {markup.clock(event.end_s, True)}"
         rows.append(
             f'<li><button type="button" class="ce-chip" data-seek="{event.start_s:.3f}">'
-            f'<span class="ce-dot {markup.colour(event.label)}" aria-hidden="true"></span>'
+            f'<span class="ce-dot" style="{markup.colour(event.label)}" aria-hidden="true"></span>'
             f"<b>{markup.text(event.label)}</b><span>{markup.text(how)}</span><span>{span}</span></button></li>"
         )
     return f'<ul class="ce-events">{"".join(rows)}</ul>'
@@ -148,7 +148,7 @@ def _result(result: Result, language: str) -> str:
     else:
         place = ""
     label = str(getattr(result, "label", ""))
-    dot = f'<span class="ce-dot {markup.colour(label)}" aria-hidden="true"></span>'
+    dot = f'<span class="ce-dot" style="{markup.colour(label)}" aria-hidden="true"></span>'
     return f'<p class="ce-place">{dot}<b>{markup.text(label)}</b><span>{markup.text(place)}</span></p>'
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import html
-
-PALETTE = 8
 
 
 def text(value: object) -> str:
@@ -15,10 +13,13 @@ def text(value: object) -> str:
     return html.escape(shown, quote=True).replace("$", "&#36;").replace("{", "&#123;").replace("`", "&#96;")
 
 
+@functools.lru_cache(maxsize=1000)
 def colour(label: str) -> str:
-    """The style class of a label's colour, the same everywhere."""
-    digest = hashlib.blake2b(label.casefold().encode("utf-8", "replace"), digest_size=2).digest()
-    return f"ce-c{int.from_bytes(digest, 'big') % PALETTE}"
+    """A style that gives a label its colour: the one it has in annotated pictures and videos."""
+    from crab_edge_apps._draw.results import colours
+
+    red, green, blue = next(iter(colours([label]).values()))
+    return f"--ce-own:rgb({red},{green},{blue})"
 
 
 def seconds(value: float) -> str:

@@ -96,8 +96,8 @@ def _lane(lane: Lane, duration: float, language: str, several: bool) -> str:
         both = '<span class="ce-both" aria-hidden="true"></span>' if how == "both" else ""
         task = f'<span class="ce-of">{markup.text(lane.task)}</span>' if several else ""
         bars.append(
-            f'<button type="button" class="ce-event {markup.colour(lane.label)}" '
-            f'style="left:{left:.3f}%;width:{width:.3f}%" '
+            f'<button type="button" class="ce-event" '
+            f'style="{markup.colour(lane.label)};left:{left:.3f}%;width:{width:.3f}%" '
             f'data-seek="{event.start_s:.3f}" data-end="{event.end_s:.3f}" '
             f'aria-label="{markup.text(spoken)}" title="{markup.text(spoken)}">'
             f'{both}<span class="ce-label">{markup.text(event.label)}</span>{task}</button>'

@@ -57,7 +57,7 @@ class Job:
     async def events(self) -> AsyncIterator[Any]:
         """What the job emits, `Tick`s while it emits nothing; raises what the job raised.
 
-        Leaving the loop early cancels the job.
+        Closing it early cancels the job.
         """
         try:
             while True:

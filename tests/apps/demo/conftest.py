@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("gradio", reason="needs gradio: pip install 'crab-edge[demo]'")
-
 import crab_edge
 from crab_edge import engines
 from crab_edge.bundle import Bundle, default_bundle, sample_clip
@@ -51,6 +49,7 @@ def sample():
 @pytest.fixture(scope="module")
 def demo():
     """The demo over the packaged bundle, 5 MB a file; `demo.brake` slows its model down."""
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'crab-edge[demo]'")
     from crab_edge_apps.demo.server import Server, Settings
 
     bundle = Bundle.open(default_bundle())
