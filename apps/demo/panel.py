@@ -63,7 +63,7 @@ def _first_token(turns: Sequence[Turn], language: str) -> tuple[str, str]:
     if first is None:
         # The prefix may still be there from an earlier visit of the same clip.
         value = "–" if follow is None else f"{markup.seconds(follow)} {say(language, 'ttft_next')}"
-        return value, say(language, "none_yet") if follow is None else ""
+        return value, say(language, "none_asked") if follow is None else ""
     value = f"{markup.seconds(first)} {say(language, 'ttft_first')}"
     if follow is None:
         return value, ""

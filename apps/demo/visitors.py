@@ -156,10 +156,11 @@ class Visitors:
 
     def session(self, visitor: Visitor) -> Session:
         """The visitor's clip, opened again if it was put away."""
-        if visitor.session is None:
-            visitor.session = self.model.open(list(visitor.media), max_minutes=self.max_minutes)
-            self._put_away()
-        return visitor.session
+        session = visitor.session
+        if session is None:
+            session = visitor.session = self.model.open(list(visitor.media), max_minutes=self.max_minutes)
+            self._put_away(visitor)
+        return session
 
     def _replace(self, key: str, fresh: Visitor) -> None:
         with self._lock:
@@ -173,13 +174,13 @@ class Visitors:
                     gone.append(self._all.pop(other))
         for visitor in gone:
             self._discard(visitor)
-        self._put_away()
+        self._put_away(fresh)
 
-    def _put_away(self) -> None:
-        """Forgets the decoded media of all but the last few clips."""
+    def _put_away(self, used: Visitor) -> None:
+        """Forgets the decoded media of all but the clip in use and the last few."""
         with self._lock:
-            decoded = [visitor for visitor in self._all.values() if visitor.session is not None]
-            for visitor in decoded[:-KEPT_DECODED]:
+            decoded = [v for v in self._all.values() if v.session is not None and v is not used]
+            for visitor in decoded[: max(0, len(decoded) - KEPT_DECODED + 1)]:
                 # Only forgotten, not closed: a thread may just have begun to use it.
                 if not visitor.busy:
                     visitor.session = None

@@ -1,5 +1,7 @@
 """The demo in a real Chromium, with the packaged model: what a visitor does, in a visitor's order."""
 
+import time
+
 import pytest
 
 from tests.apps.demo.conftest import visit
@@ -43,6 +45,7 @@ def test_a_clip_is_uploaded_asked_and_asked_again(page, demo, sample, tmp_path, 
     mine.write_bytes(sample.read_bytes())
     upload(page, mine)
     opened(page, "guitar")
+    assert page.inner_text("#ce-player .ce-name") == mine.name
     # Not one file lies under a name that came from outside.
     kept = [path.relative_to(demo.store.root) for path in demo.store.root.rglob("*") if path.is_file()]
     assert sorted(path.name for path in kept) == ["0.mp4", "lock"], kept
@@ -191,7 +194,7 @@ def test_chinese(page, pictures):
     page.wait_for_selector("#ce-timeline h2:has-text('Time line')")
 
 
-def test_a_phone(demo, browser, pictures):
+def test_a_phone_in_the_dark_and_its_clip_goes_with_it(demo, browser, sample, pictures):
     watched = visit(
         browser,
         demo.url,
@@ -203,14 +206,20 @@ def test_a_phone(demo, browser, pictures):
     )
     page = watched.page
     page.wait_for_selector("h2:has-text('机器')")
-    page.tap("#ce-example-button")
+    before = set(demo.store.root.rglob("0.mp4"))
+    upload(page, sample)
     opened(page, "sample.mp4")
+    (mine,) = set(demo.store.root.rglob("0.mp4")) - before
     page.tap("#ce-go-all")
     page.wait_for_selector(".ce-all")
     page.screenshot(path=pictures / "8-phone.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.context.close()
     watched.check()
+    until = time.monotonic() + 20
+    while mine.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not mine.exists() and not mine.parent.exists()
 
 
 def test_nothing_left_the_machine(watched, connected):
