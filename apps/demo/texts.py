@@ -7,7 +7,6 @@ from typing import Any
 LANGUAGES = {"en": "English", "zh": "中文"}
 
 _EN = {
-    "title": "Crab Edge",
     "tagline": "What is seen and heard in a clip, answered on this machine",
     "clip": "Clip",
     "empty_title": "No clip yet",
@@ -30,7 +29,6 @@ _EN = {
     "ask": "Ask",
     "question": "Question",
     "question_hint": "Is there a dog in the video?",
-    "question_options": "With options, write them behind the question",
     "task": "Task",
     "free_question": "A free question",
     "not_trained": "untrained",
@@ -52,7 +50,6 @@ _EN = {
     "need_clip": "Open a clip first: a file, a recording, or the example",
     "need_question": "Type a question, or choose a task that needs none",
     "already": "An answer is on its way; stop it first",
-    "expired": "This clip was put away because the page was idle; open it again",
     "nothing_found": "Nothing found",
     "unparsed": "Not in the task's form: {reason}",
     "raw": "What the model said",
@@ -76,8 +73,6 @@ _EN = {
     "seen": "Seen",
     "heard": "Heard",
     "both": "seen and heard",
-    "picture": "Picture",
-    "sound": "Sound",
     "events_of": "Events of",
     "position": "Position in the clip",
     "from_to": "from {a} to {b} seconds",
@@ -110,13 +105,9 @@ _EN = {
     "error": "That didn't work",
     "unexpected": "Something failed inside the demo ({kind}); the terminal that runs it says more",
     "busy": "Too many questions are waiting already; try again in a moment",
-    "language": "Language",
-    "private_note": "Everything runs on the machine that serves this page.",
-    "removed_note": "Clips are removed when you leave.",
 }
 
 _ZH = {
-    "title": "Crab Edge",
     "tagline": "片段里看到什么、听到什么，在本机回答",
     "clip": "片段",
     "empty_title": "还没有片段",
@@ -137,7 +128,6 @@ _ZH = {
     "ask": "提问",
     "question": "问题",
     "question_hint": "Is there a dog in the video?",
-    "question_options": "如有选项，请写在问题后面",
     "task": "任务",
     "free_question": "自由提问",
     "not_trained": "未训练",
@@ -158,7 +148,6 @@ _ZH = {
     "need_clip": "请先打开一个片段：文件、录制或示例",
     "need_question": "请输入问题，或选择不需要问题的任务",
     "already": "正在回答，请先停止",
-    "expired": "页面闲置过久，片段已收起；请重新打开",
     "nothing_found": "没有发现",
     "unparsed": "不符合任务的格式：{reason}",
     "raw": "模型原文",
@@ -182,8 +171,6 @@ _ZH = {
     "seen": "看到",
     "heard": "听到",
     "both": "看到并听到",
-    "picture": "画面",
-    "sound": "声音",
     "events_of": "事件来自",
     "position": "片段中的位置",
     "from_to": "{a} 到 {b} 秒",
@@ -215,9 +202,6 @@ _ZH = {
     "error": "没有成功",
     "unexpected": "演示内部出错（{kind}）；详情见运行它的终端",
     "busy": "等待的提问太多，请稍后再试",
-    "language": "语言",
-    "private_note": "一切都在提供本页面的机器上运行。",
-    "removed_note": "离开后片段即删除。",
 }
 
 TEXTS = {"en": _EN, "zh": _ZH}
