@@ -1,0 +1,286 @@
+"""What the page does when something is pressed. Each action yields the parts of the page that change.
+
+Nothing here blocks the server's event loop: decoding and answering happen in the workers' threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from crab_edge_apps.demo import answers, asking, exports, markup, pictures
+from crab_edge_apps.demo.render import Changes, Parts, Renderer
+from crab_edge_apps.demo.texts import say
+from crab_edge_apps.demo.turns import Turn
+from crab_edge_apps.demo.visitors import Visitor, Visitors
+from crab_edge_apps.demo.worker import Busy, Job, Tick, Worker
+
+from crab_edge import tasks
+from crab_edge.errors import CrabError
+
+# Text is sent at most so often; more would only load the browser.
+_SEND_EVERY_S = 0.06
+_LEAVE_WAIT_S = 15.0
+
+
+class Actions:
+    """The page's events over one model."""
+
+    def __init__(
+        self, visitors: Visitors, answering: Worker, decoding: Worker, renderer: Renderer, parts: Parts
+    ) -> None:
+        self.visitors = visitors
+        self.renderer = renderer
+        self.parts = parts
+        self._answering = answering
+        self._decoding = decoding
+
+    # Opening
+
+    async def open_files(self, files: Any, language: str, request: gr.Request) -> AsyncIterator[Changes]:
+        """Uploaded files become the clip."""
+        given = files if isinstance(files, list) else [files]
+        async for changes in self._open(given, language, str(request.session_hash)):
+            yield changes
+
+    async def open_recording(self, file: Any, language: str, request: gr.Request) -> AsyncIterator[Changes]:
+        """What the camera or the microphone took becomes the clip."""
+        if not file:
+            # Emptying an input is a change too. Without a yield, Gradio would empty the whole page.
+            yield {self.parts.message: gr.skip()}
+            return
+        async for changes in self._open([file], language, str(request.session_hash), recorded=True):
+            yield changes
+
+    async def open_example(self, language: str, request: gr.Request) -> AsyncIterator[Changes]:
+        """The clip that ships with the package."""
+        async for changes in self._open(None, language, str(request.session_hash)):
+            yield changes
+
+    async def _open(
+        self, given: list[Any] | None, language: str, key: str, *, recorded: bool = False
+    ) -> AsyncIterator[Changes]:
+        parts = self.parts
+        yield {parts.message: _status(say(language, "opening"))}
+        try:
+            await self._end_running(key)
+            visitor: Visitor = await self._decoding.submit(
+                lambda _: self._opened(key, given, recorded)
+            ).wait()
+        except Exception as error:
+            yield {parts.message: explained(error, language), **self._emptied()}
+            return
+        shown = self.renderer.everything(visitor, language)
+        yield {parts.message: "", parts.live: "", **self._emptied(), **shown}
+
+    def _opened(self, key: str, given: list[Any] | None, recorded: bool) -> Visitor:
+        if given is None:
+            from crab_edge.bundle import sample_clip
+
+            example = sample_clip()
+            return self.visitors.open(key, [example], [example.name], keep=True)
+        return self.visitors.open(key, *self.visitors.store.uploaded(given), recorded=recorded)
+
+    def _emptied(self) -> Changes:
+        """The inputs forget what they were given: it's the page's clip now."""
+        inputs = (self.parts.camera, self.parts.microphone)
+        return {self.parts.file: None, **{part: gr.update(value=None) for part in inputs}}
+
+    async def _end_running(self, key: str) -> None:
+        """Stops the visitor's answer and waits for its end."""
+        visitor = self.visitors.get(key)
+        if visitor is None or visitor.job is None:
+            return
+        visitor.job.cancel()
+        until = time.monotonic() + _LEAVE_WAIT_S
+        while visitor.busy and not self._answering.withdraw(visitor.job) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+
+    # Asking. These change the card of the running answer only; `told` then shows what came of it.
+
+    async def ask(
+        self, question: str, task: str, router: bool, language: str, request: gr.Request
+    ) -> AsyncIterator[Any]:
+        """One question or one task, streamed."""
+        name = task or None
+        words = (question or "").strip() or None
+        if name is not None and not tasks.get(name).needs_question:
+            words = None
+        elif words is None:
+            without = self.visitors.get(str(request.session_hash)) is None
+            yield refused(language, "need_clip" if without else "need_question")
+            return
+        asked_at = time.perf_counter()
+
+        def work(job: Job, visitor: Visitor) -> Turn:
+            session = self.visitors.session(visitor)
+            return asking.answer(job, session, words, name, router=router, asked_at=asked_at)
+
+        said, sent = "", 0.0
+        async for event in self._run(request, work, language):
+            if isinstance(event, Shown):
+                yield event.html
+                continue
+            if isinstance(event, str):
+                said += event
+            if time.monotonic() - sent >= _SEND_EVERY_S:
+                sent = time.monotonic()
+                status = _waiting(event, language) or say(language, "answering" if said else "thinking")
+                yield answers.live(language, words, name or asking.free_task(), status, said)
+
+    async def ask_all(
+        self, question: str, untrained: bool, language: str, request: gr.Request
+    ) -> AsyncIterator[Any]:
+        """Every task that applies, laid out together."""
+        words = (question or "").strip() or None
+        asked_at = time.perf_counter()
+        names: list[str] = []
+
+        def work(job: Job, visitor: Visitor) -> Turn:
+            session = self.visitors.session(visitor)
+            run, skipped = asking.plan(session, words, untrained)
+            names.extend(run)
+            turn = asking.all_tasks(job, session, words, run, asked_at=asked_at)
+            turn.skipped = tuple(skipped)
+            return turn
+
+        tokens, sent = 0, 0.0
+        async for event in self._run(request, work, language):
+            if isinstance(event, Shown):
+                yield event.html
+                continue
+            if isinstance(event, int):
+                tokens = event
+            if time.monotonic() - sent >= _SEND_EVERY_S:
+                sent = time.monotonic()
+                running = say(language, "all_running", n=len(names), tokens=tokens)
+                status = _waiting(event, language) or running
+                yield answers.live(language, words, say(language, "all_tasks"), status)
+
+    async def _run(
+        self, request: gr.Request, work: Callable[[Job, Visitor], Turn], language: str
+    ) -> AsyncIterator[Any]:
+        """Runs a job: what it emits, `Tick`s, and `Shown` for what is to be shown instead of them."""
+        visitor = self.visitors.get(str(request.session_hash))
+        if visitor is None:
+            yield Shown(refused(language, "need_clip"))
+            return
+        if visitor.busy:
+            yield Shown(gr.skip())  # the running answer's card stays
+            return
+
+        def whole(job: Job) -> Turn:
+            turn = work(job, visitor)
+            clip = self.visitors.session(visitor).clip
+            visitor.drawn = {**visitor.drawn, **dict(pictures.drawn(clip, turn.answers))}
+            visitor.add(turn)
+            return turn
+
+        try:
+            job = visitor.job = self._answering.submit(whole)
+            yield Tick(self._answering.ahead(job))
+            async for event in job.events():
+                if job.cancelled() and self._answering.withdraw(job):
+                    yield Shown("")
+                    return
+                yield event
+        except Exception as error:
+            yield Shown(explained(error, language))
+
+    def told(self, language: str, request: gr.Request) -> Changes:
+        """What an answer changed, once it is there."""
+        visitor = self.visitors.get(str(request.session_hash))
+        job = visitor.job if visitor is not None else None
+        if visitor is None or visitor.busy or job is None or job.failed:
+            return {self.parts.live: gr.skip()}
+        return {self.parts.live: "", **self.renderer.told(visitor, language)}
+
+    def stop(self, request: gr.Request) -> None:
+        """Ends the visitor's answer; what was said so far stays."""
+        visitor = self.visitors.get(str(request.session_hash))
+        if visitor is not None and visitor.job is not None:
+            visitor.job.cancel()
+
+    def leave(self, request: gr.Request) -> None:
+        """The page was closed."""
+        self.visitors.leave(str(request.session_hash))
+
+    # Exporting
+
+    async def make_video(self, language: str, request: gr.Request) -> AsyncIterator[str]:
+        """The annotated video, as a link."""
+        visitor = self.visitors.get(str(request.session_hash))
+        if visitor is None or not visitor.turns:
+            yield refused(language, "export_empty")
+            return
+        if visitor.busy:
+            yield refused(language, "already")
+            return
+        if "video" not in visitor.facts.kinds:
+            yield refused(language, "export_no_video")
+            return
+
+        def work(job: Job) -> Path:
+            def progress(share: float) -> None:
+                if job.cancelled():
+                    raise CrabError("stopped")
+                job.emit(share)
+
+            return exports.make_video(visitor, progress)
+
+        share, sent = 0.0, 0.0
+        try:
+            job = visitor.job = self._decoding.submit(work)
+            async for event in job.events():
+                share = event if isinstance(event, float) else share
+                if time.monotonic() - sent >= 5 * _SEND_EVERY_S:
+                    sent = time.monotonic()
+                    yield _status(say(language, "export_making", p=f"{100 * share:.0f}"))
+            yield exports.video_link(visitor, job.result, language)
+        except Exception as error:
+            yield explained(error, language)
+
+    # Arriving
+
+    def speak(self, language: str, request: gr.Request) -> Changes:
+        """The page in another language."""
+        return self.renderer.translated(self.visitors.get(str(request.session_hash)), language)
+
+
+class Shown:
+    """HTML in place of the running answer's card."""
+
+    def __init__(self, html: Any) -> None:
+        self.html = html
+
+
+def refused(language: str, key: str) -> str:
+    """Why nothing was done."""
+    return markup.error(say(language, "error"), say(language, key))
+
+
+def explained(error: Exception, language: str) -> str:
+    """An error in one line; what wasn't expected goes to the terminal as well."""
+    if isinstance(error, Busy):
+        reason = say(language, "busy")
+    elif isinstance(error, CrabError):
+        reason = " ".join(str(error).split())
+    else:
+        traceback.print_exception(error)
+        reason = say(language, "unexpected", kind=type(error).__name__)
+    return markup.error(say(language, "error"), reason)
+
+
+def _status(text: str) -> str:
+    spinner = '<span class="ce-spinner" aria-hidden="true"></span>'
+    return f'<p class="ce-status" role="status">{spinner}{markup.text(text)}</p>'
+
+
+def _waiting(event: Any, language: str) -> str | None:
+    ahead = event.ahead if isinstance(event, Tick) else 0
+    return say(language, "queued", n=ahead) if ahead else None
