@@ -39,7 +39,8 @@ def clips(tmp_path_factory):
 
 @pytest.fixture
 def cli(fake_bundle, monkeypatch, capsys):
-    """cli(arguments..., answers=...) -> Ran; `cli.engines` are the engines that were opened."""
+    """cli(arguments..., answers=...) -> Ran; `cli.engines` are the engines that were opened, of the class
+    `cli.engine`."""
     from crab_edge_apps.cli import run
 
     from crab_edge import engines
@@ -48,7 +49,7 @@ def cli(fake_bundle, monkeypatch, capsys):
     answers = [""]
 
     def create(name, bundle, *, threads=None):
-        opened.append(FakeEngine(bundle, answers[0]))
+        opened.append(call.engine(bundle, answers[0]))
         return opened[-1]
 
     monkeypatch.setattr(engines, "create", create)
@@ -64,6 +65,7 @@ def cli(fake_bundle, monkeypatch, capsys):
         captured = capsys.readouterr()
         return Ran(code, captured.out, captured.err)
 
+    call.engine = FakeEngine
     call.engines = opened
     return call
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from crab_edge import masks, tasks
 from crab_edge.errors import DependencyError, InputError
-from crab_edge.results import Box, MaskFile, Points, Unparsed
+from crab_edge.results import Box, MaskFile, Points, Unparsed, results_to_json
 from tests.apps.scripted import FakeModel, install, lines_of, write_lists
 
 SEEN = "[10,10,100,100] [50,50]"
@@ -102,7 +102,8 @@ def test_masks_of_the_answer_are_kept(mask_task, mask_data, monkeypatch, tmp_pat
     assert value == pytest.approx(100 * 60 * 60 / 224**2)
     [path] = tmp_path.glob("fake*/inference_cut_out.jsonl")
     row = json.loads(path.read_text().splitlines()[0])
-    assert row["crab_edge"]["masks"] == [{"type": "mask", **dataclasses.asdict(full), "counts": [0, 3000]}]
+    assert row["crab_edge"]["masks"] == json.loads(json.dumps(results_to_json([full])))
+    assert row["crab_edge"]["masks"][0]["counts"] == [0, 3000]
     # Nothing has to be segmented again, so that no tool and no pictures are needed.
     monkeypatch.setattr(masks, "choose", lambda: pytest.fail("no mask is to be made"))
     assert score_verb.run([path], data=mask_data).scores[0].lines[0].figure.value == pytest.approx(value)

@@ -1,5 +1,6 @@
 """`optimum-cli export crab` through Optimum's own command line."""
 
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -17,10 +18,14 @@ def optimum(tmp_path_factory, monkeypatch):
     """Optimum's main, with the file where an installation puts it."""
     from optimum.commands import optimum_cli
 
+    installed = importlib.util.find_spec("optimum.commands.register")
+    places = [] if installed is None else list(installed.submodule_search_locations or [])
+    known = any((Path(place) / FILE.name).is_file() for place in places)
     folder = tmp_path_factory.mktemp("site") / "optimum" / "commands" / "register"
     folder.mkdir(parents=True)
-    shutil.copy(FILE, folder)
-    monkeypatch.syspath_prepend(str(folder.parents[2]))
+    if not known:
+        shutil.copy(FILE, folder)
+        monkeypatch.syspath_prepend(str(folder.parents[2]))
     for name in [name for name in sys.modules if name.startswith("optimum.commands.register")]:
         monkeypatch.delitem(sys.modules, name)
 
