@@ -6,15 +6,14 @@ Everything but the number of layers and the vocabulary is the real model's; the 
 
 import json
 
-import numpy as np
 import pytest
 from crab_edge_export import export_bundle
 from crab_edge_export.random_model import resized, write_adapter, write_base
 
 import crab_edge
-from crab_edge.bundle import sample_clip
 from crab_edge.model import official_config
 from crab_edge.model.official import import_adapter
+from tests import media
 
 SIZES = ("3b", "7b")
 
@@ -36,8 +35,9 @@ def _parity(bundle):
     return json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["parity"]
 
 
-@pytest.mark.parametrize(("bits", "block"), [(32, 32), (4, 32), (4, 128)])
+@pytest.mark.parametrize(("bits", "block"), [(32, 32), (4, 128)])
 def test_the_graphs_compute_what_the_float_model_does(model, tmp_path, bits, block):
+    clip = [media.picture(tmp_path / "still.png"), media.sound(tmp_path / "tone.wav", media.tone(1.5))]
     out = export_bundle(
         model / "base",
         model / "adapter",
@@ -46,6 +46,7 @@ def test_the_graphs_compute_what_the_float_model_does(model, tmp_path, bits, blo
         block=block,
         method="rtn",
         compare="answers",
+        calibration_media=[clip],
         kv_dtype="float32" if bits == 32 else "auto",
     )
     parity = _parity(out)
@@ -57,8 +58,9 @@ def test_the_graphs_compute_what_the_float_model_does(model, tmp_path, bits, blo
         # Round-to-nearest to four bits of Gaussian noise is off by a tenth of its size at every linear.
         assert 0.01 < parity["logits_error"]["mean"] < 0.35
         assert parity["greedy_agreement"] > 0.5
-    session = crab_edge.load(out).open(sample_clip())
-    answer = session.ask(task="ave", max_new_tokens=3)
-    again = session.ask(task="ave", max_new_tokens=3)
+    session = crab_edge.load(out).open(clip)
+    answer = session.ask(task="arig", max_new_tokens=3)
+    again = session.ask(task="arig", max_new_tokens=3)
     assert answer.timings.tokens == 3 and answer.raw == again.raw
-    assert again.timings.cached_tokens > 500 and np.isfinite(answer.timings.total_s)
+    # 64 tokens of the picture and 37 of the sound at least.
+    assert again.timings.cached_tokens > 100
