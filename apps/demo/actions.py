@@ -39,6 +39,7 @@ class Actions:
         self.parts = parts
         self._answering = answering
         self._decoding = decoding
+        self._opening: dict[str, Job] = {}
 
     # Opening
 
@@ -69,22 +70,30 @@ class Actions:
         yield {parts.message: _status(say(language, "opening"))}
         try:
             await self._end_running(key)
-            visitor: Visitor = await self._decoding.submit(
-                lambda _: self._opened(key, given, recorded)
-            ).wait()
+            job = self._opening[key] = self._decoding.submit(
+                lambda job: self._opened(job, key, given, recorded)
+            )
+            try:
+                visitor: Visitor = await job.wait()
+            finally:
+                self._opening.pop(key, None)
         except Exception as error:
             yield {parts.message: explained(error, language), **self._emptied()}
             return
         shown = self.renderer.everything(visitor, language)
         yield {parts.message: "", parts.live: "", **self._emptied(), **shown}
 
-    def _opened(self, key: str, given: list[Any] | None, recorded: bool) -> Visitor:
+    def _opened(self, job: Job, key: str, given: list[Any] | None, recorded: bool) -> Visitor:
         if given is None:
             from crab_edge.bundle import sample_clip
 
             example = sample_clip()
-            return self.visitors.open(key, [example], [example.name], keep=True)
-        return self.visitors.open(key, *self.visitors.store.uploaded(given), recorded=recorded)
+            visitor = self.visitors.open(key, [example], [example.name], keep=True)
+        else:
+            visitor = self.visitors.open(key, *self.visitors.store.uploaded(given), recorded=recorded)
+        if job.cancelled():  # the page was closed meanwhile
+            self.visitors.leave(key)
+        return visitor
 
     def _emptied(self) -> Changes:
         """The inputs forget what they were given: it's the page's clip now."""
@@ -171,7 +180,9 @@ class Actions:
             yield Shown(refused(language, "need_clip"))
             return
         if visitor.busy:
-            yield Shown(gr.skip())  # the running answer's card stays
+            drawing = visitor.job is visitor.told
+            # The running answer's card stays; a video that is being drawn has none.
+            yield Shown(refused(language, "already") if drawing else gr.skip())
             return
 
         def whole(job: Job) -> Turn:
@@ -189,6 +200,8 @@ class Actions:
                     yield Shown("")
                     return
                 yield event
+            if self.visitors.get(str(request.session_hash)) is not visitor:
+                yield Shown("")  # another clip was opened meanwhile: no card of the old one stays
         except Exception as error:
             yield Shown(explained(error, language))
 
@@ -196,8 +209,9 @@ class Actions:
         """What an answer changed, once it is there."""
         visitor = self.visitors.get(str(request.session_hash))
         job = visitor.job if visitor is not None else None
-        if visitor is None or visitor.busy or job is None or job.failed:
+        if visitor is None or visitor.busy or job is None or job.failed or job is visitor.told:
             return {self.parts.live: gr.skip()}
+        visitor.told = job
         return {self.parts.live: "", **self.renderer.told(visitor, language)}
 
     def stop(self, request: gr.Request) -> None:
@@ -207,8 +221,12 @@ class Actions:
             visitor.job.cancel()
 
     def leave(self, request: gr.Request) -> None:
-        """The page was closed."""
-        self.visitors.leave(str(request.session_hash))
+        """The page was closed, perhaps while its clip was being decoded."""
+        key = str(request.session_hash)
+        opening = self._opening.get(key)
+        if opening is not None:
+            opening.cancel()
+        self.visitors.leave(key)
 
     # Exporting
 
@@ -235,7 +253,7 @@ class Actions:
 
         share, sent = 0.0, 0.0
         try:
-            job = visitor.job = self._decoding.submit(work)
+            job = visitor.job = visitor.told = self._decoding.submit(work)
             async for event in job.events():
                 share = event if isinstance(event, float) else share
                 if time.monotonic() - sent >= 5 * _SEND_EVERY_S:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from crab_edge_apps.demo import asking
 from crab_edge_apps.demo.turns import Turn
-from crab_edge_apps.demo.visitors import Visitors
+from crab_edge_apps.demo.visitors import Visitor, Visitors
 from crab_edge_apps.demo.worker import Job, Worker
 
 from crab_edge.errors import CrabError
@@ -22,9 +23,11 @@ def endpoint(visitors: Visitors, answering: Worker, decoding: Worker) -> Callabl
     async def ask(media: list[dict], question: str = "", task: str = "") -> dict:
         """Answers a question about a clip or runs a task; with neither, every task that applies."""
         key = f"api-{secrets.token_hex(8)}"
+        opening: Job | None = None
         try:
             paths, names = visitors.store.uploaded(media)
-            visitor = await decoding.submit(lambda _: visitors.open(key, paths, names)).wait()
+            opening = decoding.submit(lambda job: _opened(visitors, job, key, paths, names))
+            visitor = await opening.wait()
             words, asked_at = question.strip() or None, time.perf_counter()
 
             def work(job: Job) -> Turn:
@@ -39,6 +42,8 @@ def endpoint(visitors: Visitors, answering: Worker, decoding: Worker) -> Callabl
         except CrabError as error:
             raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
         finally:
+            if opening is not None:
+                opening.cancel()
             visitors.leave(key)
         model = visitors.model
         return {
@@ -50,3 +55,10 @@ def endpoint(visitors: Visitors, answering: Worker, decoding: Worker) -> Callabl
         }
 
     return ask
+
+
+def _opened(visitors: Visitors, job: Job, key: str, paths: list[Path], names: list[str]) -> Visitor:
+    visitor = visitors.open(key, paths, names)
+    if job.cancelled():  # the client left while its clip was being decoded
+        visitors.leave(key)
+    return visitor

@@ -127,8 +127,7 @@ async def _body(receive: Any) -> bytes | None:
 def _bad_body(scope: dict[str, Any], body: bytes | None) -> tuple[int, str] | None:
     if body is None:
         return 413, "the request is too long"
-    kind = dict(scope["headers"]).get(b"content-type", b"")
-    if b"json" in kind:
+    if any(name == b"content-type" and b"json" in kind.lower() for name, kind in scope["headers"]):
         try:
             content = json.loads(body or b"null")
         except ValueError:

@@ -41,6 +41,7 @@ class Store:
         self._lock = _locked(self.root / _LOCK)
         self.uploads = self.root / "uploads"
         self.uploads.mkdir(mode=0o700)
+        self._taken: dict[Path, Path] = {}
         self._closed = threading.Event()
         threading.Thread(target=self._sweep_regularly, name="demo-sweep", daemon=True).start()
 
@@ -64,25 +65,37 @@ class Store:
     def check_upload(self, path: str) -> Path:
         """The path of an uploaded file; InputError if it isn't one."""
         try:
-            real = Path(path).resolve(strict=True)
+            real = Path(path).resolve()
+            there = real if real.exists() else self._taken.get(real)
         except (OSError, ValueError, RuntimeError):
-            raise InputError("the uploaded file is gone; upload it again") from None
-        if self.uploads not in real.parents or not real.is_file():
+            there = None
+        if there is None or not there.exists():
+            raise InputError("the uploaded file is gone; upload it again")
+        if self.uploads not in real.parents or not there.is_file():
             raise InputError("only uploaded files can be opened; upload the file")
         return real
 
     def take(self, upload: Path, folder: Path, number: int, *, shown: bool = False) -> Path:
         """Moves an uploaded file into a visitor's folder, under a name of our own.
 
+        Equal files of two visitors are one upload: the second takes it from where the first has put it.
         `shown`: the page is about to play the upload, so it stays as well, until `drop`.
         """
         suffix = upload.suffix.lower()
         place = folder / f"{number}{suffix if suffix in _SUFFIXES else '.bin'}"
         try:
-            os.link(upload, place) if shown else os.replace(upload, place)
+            if not upload.exists():
+                os.link(self._taken[upload], place)
+            elif shown:
+                os.link(upload, place)
+            else:
+                os.replace(upload, place)
+        except KeyError:
+            raise InputError("the uploaded file is gone; upload it again") from None
         except OSError as error:
             raise CrabError(f"the upload can't be kept ({error.strerror}); upload it again") from error
         os.chmod(place, 0o600)
+        self._taken = {old: new for old, new in self._taken.items() if new.exists()} | {upload: place}
         if not shown:
             self.drop(upload)
         return place

@@ -71,7 +71,8 @@ class Facts:
 class Visitor:
     """One open page. `names` are the files' names as uploaded, for showing only; `drawn`: task -> picture.
 
-    `session` is None while the decoded media are put away.
+    `session` is None while the decoded media are put away;
+    `told` is the last job whose result is on the page.
     """
 
     folder: Path
@@ -84,6 +85,7 @@ class Visitor:
     left: tuple[Path, ...] = ()
     drawn: dict[str, str] = field(default_factory=dict)
     job: Job | None = None
+    told: Job | None = None
     used: float = field(default_factory=time.monotonic)
     number: int = 0
 

@@ -132,6 +132,8 @@ class Worker:
             if job not in self._jobs:
                 return False
             self._jobs.remove(job)
+        # Whoever waits for its events, the page's other action included, hears of the end.
+        job._send("end", None)
         job.finished.set()
         return True
 

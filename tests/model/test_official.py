@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import zipfile
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -270,23 +271,24 @@ def test_existing_output_stays(base, file, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """Files can't grow beyond 20 kB, as on a disk that fills up half-way."""
+    """Files can't grow beyond 20 kB, as on a disk that fills up half-way; not even pytest's own output."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_fills_up_half_way(base, file, tmp_path, request):
+def test_a_disk_that_fills_up_half_way(base, file, tmp_path):
     out = tmp_path / "deep" / "adapter"
     import_adapter(file, tmp_path / "whole", base=base, **SIZES)
     before = sorted(tmp_path.rglob("*"))
-    request.getfixturevalue("full_disk")
-    with pytest.raises(InputError, match="can't be written"):
+    with full_disk(), pytest.raises(InputError, match="can't be written"):
         import_adapter(file, out, base=base, **SIZES)
-    with pytest.raises(InputError, match="can't be written"):
+    with full_disk(), pytest.raises(InputError, match="can't be written"):
         export_adapter(tmp_path / "whole", tmp_path / "deep" / "x.bin", base=base)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -187,6 +187,11 @@ def test_the_folder_is_private_and_goes(tmp_path):
     place = store.take(paths[0], store.new_folder(), 0)
     assert place.name == "0.bin" and place.stat().st_mode & 0o077 == 0 and not paths[0].exists()
     assert store.has_room(300) and not store.has_room(500)
+    # Another visitor's equal upload lay at the same path.
+    again, _ = store.uploaded([{"path": str(sent)}])
+    second = store.take(again[0], store.new_folder(), 0)
+    assert second.read_bytes() == place.read_bytes() and second != place
+    store.remove(second.parent)
     for other in ("/etc/passwd", str(place), str(store.uploads), "", "\0", str(store.root / "lock")):
         with pytest.raises(InputError):
             store.uploaded([{"path": other}])
