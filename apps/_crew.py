@@ -5,6 +5,7 @@ Nothing here knows what a worker is: `_ray` has them on other machines, tests in
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -215,6 +216,8 @@ class _Feed:
             for path in files:
                 if stop.is_set() or self._closed.is_set():
                     return
+                # A worker has a working directory of its own.
+                path = Path(os.path.abspath(path))
                 item = Item(path, request.tasks)
                 try:
                     item.sha256 = identify(path)

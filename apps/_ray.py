@@ -52,8 +52,9 @@ def connect(
         # No reports to Ray's makers, no dashboard: nothing leaves this machine.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = threads or max(1, min(_THREADS, cpus // (workers or 1)))
         options |= {
-            "num_cpus": max(cpus, (workers or 1) * (threads or 1)),
+            "num_cpus": max(cpus, (workers or 1) * threads),
             "include_dashboard": False,
             "object_store_memory": _OBJECTS_BYTES,
         }

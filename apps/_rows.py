@@ -74,11 +74,10 @@ class RowFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is None:
-                self._sync()
+            self._sync()
             if self.replaced:
                 self._compact()
-        except OSError:
+        except (OSError, CrabError):
             pass  # The next run does it; until then `read_rows` leaves the old rows out.
         finally:
             self._close()
@@ -165,8 +164,8 @@ class RowFile:
     def add(self, row: Row) -> dict[str, Any]:
         """Appends one row and returns it as it was written.
 
-        No kill can take it then; it is on the disk within a second, should the power fail. CrabError if it
-        can't be written: the file is as it was before.
+        No kill can take it then; against a power cut, rows are synced at most once a second, with the next
+        row, and at the end. CrabError if it can't be written: the file is as it was before.
         """
         asked = self._asked(row.task)
         del asked["task"]
@@ -180,7 +179,10 @@ class RowFile:
             self._take_back()
             raise self._unwritable(error) from error
         self._end += len(line)
-        self.replaced |= layout.place(content) in self._errors
+        place = layout.place(content)
+        self.replaced |= place in self._errors
+        if row.error is not None:
+            self._errors.add(place)
         if time.monotonic() - self._synced_at >= _SYNC_EVERY_S:
             self._sync()
         return content

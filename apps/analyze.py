@@ -72,7 +72,7 @@ def command(
 
     request = Request(tuple(_split(task)), question, max_tokens, grammar, stride).check()
     sinks = _sink_names(sink)
-    files = _Files(paths or [], lists or [])
+    files = _Files(paths or [], lists or [], out)
     known = None if watch else files.listed()
     figures = Figures(None if known is None else len(known), len(request.tasks))
     if workers is not None and ray is None:
@@ -157,12 +157,16 @@ def _producer(
 
 
 class _Files:
-    """The files that the command line names. Lists named by --list and on stdin are read once."""
+    """The files that the command line names, but for annotated videos under `out`.
 
-    def __init__(self, words: list[str], lists: list[Path]) -> None:
+    Lists named by --list and on stdin are read once.
+    """
+
+    def __init__(self, words: list[str], lists: list[Path], out: Path) -> None:
         from crab_edge.errors import InputError
         from crab_edge.inputs import read_list
 
+        self._drawn = os.path.join(os.path.realpath(out / "video"), "")
         self._named: list[str | Path] = []
         for word in words:
             self._named += read_list("-") if word in ("-", "@-") else [word]
@@ -174,9 +178,8 @@ class _Files:
     def listed(self) -> list[Path]:
         """All of them, each once; InputError if there are none."""
         from crab_edge.errors import InputError
-        from crab_edge.inputs import find_media
 
-        files = list({os.path.abspath(path): path for path in find_media(self._named)}.values())
+        files = list({os.path.abspath(path): path for path in self._found()}.values())
         if not files:
             where = ", ".join(str(name) for name in self._named[:3])
             raise InputError(f"no media files under {where}; check the paths")
@@ -184,10 +187,16 @@ class _Files:
 
     def watched(self, stop: threading.Event, settle_s: float) -> Iterator[Path]:
         """Files as they come in, until `stop`."""
-        from crab_edge.inputs import find_media
         from crab_edge.watch import watch
 
-        return watch(lambda: find_media(self._named, strict=False), stop, settle_s=settle_s)
+        return watch(lambda: self._found(strict=False), stop, settle_s=settle_s)
+
+    def _found(self, strict: bool = True) -> Iterator[Path]:
+        from crab_edge.inputs import find_media
+
+        for path in find_media(self._named, strict=strict):
+            if not os.path.realpath(path).startswith(self._drawn):
+                yield path
 
 
 def _work(

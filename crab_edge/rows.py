@@ -8,10 +8,10 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from crab_edge.errors import InputError
 from crab_edge.results import Answer
@@ -108,13 +108,17 @@ def read_lines(path: str | Path) -> Iterator[tuple[dict[str, Any], int]]:
 
     InputError for a line that is no row of this version, naming it.
     """
-    end = 0
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            end += len(line)
-            yield _row(path, number, line), end
+        yield from _lines(path, file)
+
+
+def _lines(path: str | Path, file: BinaryIO) -> Iterator[tuple[dict[str, Any], int]]:
+    end = 0
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            return
+        end += len(line)
+        yield _row(path, number, line), end
 
 
 def _row(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
@@ -143,20 +147,27 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """
     file = Path(path) / "rows.jsonl" if Path(path).is_dir() else Path(path)
     try:
-        count, gone = superseded(file)
-        for number, (row, _) in zip(range(count), read_lines(file), strict=False):
-            if number not in gone:
-                yield row
+        # Opened once: a run that ends meanwhile puts another file in its place.
+        with file.open("rb") as opened:
+            count, gone = _superseded(_lines(file, opened))
+            opened.seek(0)
+            for number, (row, _) in zip(range(count), _lines(file, opened), strict=False):
+                if number not in gone:
+                    yield row
     except OSError as error:
         raise InputError(f"{file}: can't be read ({error.strerror}); give the --out of a run") from error
 
 
 def superseded(path: Path) -> tuple[int, set[int]]:
     """How many rows a file has, and the numbers (from 0) of the error rows whose place a later one takes."""
+    return _superseded(read_lines(path))
+
+
+def _superseded(lines: Iterable[tuple[dict[str, Any], int]]) -> tuple[int, set[int]]:
     waiting: dict[tuple[Any, ...], int] = {}
     gone: set[int] = set()
     count = 0
-    for number, (row, _) in enumerate(read_lines(path)):
+    for number, (row, _) in enumerate(lines):
         count += 1
         key = place(row)
         earlier = waiting.pop(key, None)

@@ -194,6 +194,8 @@ class _Writer:
 
     def sound(self, packet: Any) -> None:
         """Takes one packet of the sound; those before the first picture wait for it to open the file."""
+        import av
+
         if self._video is None:
             self._waiting.append(packet)
             return
@@ -206,7 +208,11 @@ class _Writer:
                 with _writing(self._out):
                     self._file.mux(packet)
             return
-        for frame in packet.decode():
+        try:
+            frames = packet.decode()
+        except (av.error.FFmpegError, EOFError):
+            return  # analysis leaves damaged sound packets out too
+        for frame in frames:
             if frame.pts is not None:
                 frame.pts -= round(self._reader.origin / frame.time_base)
             with _writing(self._out):

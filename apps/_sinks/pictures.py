@@ -33,6 +33,7 @@ class PictureSink:
 
     def add(self, row: dict[str, Any], clip: Clip | None) -> None:
         """Draws the row."""
+        import av
         from crab_edge_apps._draw import anything
 
         names = {suffix: self._folder / file_name(row, suffix) for suffix in (".mp4", ".png")}
@@ -44,8 +45,9 @@ class PictureSink:
             else:
                 with self._opened(row) as again:
                     self._draw(row, again, names)
-        except InputError as error:
-            self._notice(f"not drawn: {error}")
+        except (InputError, av.error.FFmpegError, ValueError) as error:
+            # One clip that can't be drawn must not end a run, nor every later one when it begins.
+            self._notice(f"not drawn: {' '.join(str(error).split())}")
 
     def _opened(self, row: dict[str, Any]) -> Clip:
         from crab_edge.bundle import file_sha256

@@ -195,3 +195,14 @@ def test_python_api_is_lazy(fake_bundle, clips):
     assert next(found).answer.raw == CAPTION
     assert next(found).answer.raw == CAPTION
     found.close()
+
+
+def test_annotated_videos_of_a_run_are_no_clips(tmp_path):
+    from crab_edge_apps.analyze import _Files
+
+    (tmp_path / "results" / "video").mkdir(parents=True)
+    for name in ("clip.mp4", "results/video/clip.12345678.ave.mp4"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypmp42")
+    found = _Files([str(tmp_path)], [], tmp_path / "results").listed()
+    assert [path.name for path in found] == ["clip.mp4"]
+    assert len(_Files([str(tmp_path)], [], tmp_path / "elsewhere").listed()) == 2
