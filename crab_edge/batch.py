@@ -124,9 +124,9 @@ def analyze(
     """One row for each media file under `paths` and each task, as soon as it is there.
 
     `paths` as in `find_media`: files, folders, patterns, "@list"; a file that comes twice is answered twice.
-    For the options see `Request`; `skip(sha256, media, task)` leaves a row out. Up to `ahead` clips are decoded before their turn. `stop`
-    ends the run after the clip at hand. An unknown task raises TaskError before anything is read; whatever is
-    wrong with one file becomes its rows' `error`.
+    For the options see `Request`; `skip(sha256, media, task)` leaves a row out. Up to `ahead` clips are
+    decoded before their turn. `stop` ends the run after the clip at hand. An unknown task raises TaskError
+    before anything is read; whatever is wrong with one file becomes its rows' `error`.
     """
     names = [tasks] if isinstance(tasks, str) else tasks
     request = Request(tuple(dict.fromkeys(names)), question, max_new_tokens, grammar, stride_s).check()
