@@ -21,6 +21,9 @@ from crab_edge.training.packing import IGNORE, attention_mask
 from crab_edge.training.pointing import Hidden, Pointing
 from crab_edge.training.towers import VisionGrid, audio_hidden, vision_hidden, vision_merge
 
+#: Weight of what answers say of boxes among the losses that teach them to.
+_BOXES = 3.0
+
 
 def decode(
     text: nn.Module, embeds: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor
@@ -179,7 +182,7 @@ class LanguageModule(nn.Module):
         if self.pointing is not None:
             shown = self.pointing(self.thinker.model.language_model, found, batch, self.numbers)
             # Coordinates are a few tokens among many: they get a loss of their own.
-            total = sum(shown.values()) + (0.0 if boxes is None else boxes)
+            total = sum(shown.values()) + (0.0 if boxes is None else _BOXES * boxes)
             out["loss"] = out["loss"] + self.pointing_weight * total
             extra |= shown
         out.update({name: value.detach() for name, value in extra.items()})
