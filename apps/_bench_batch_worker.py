@@ -10,13 +10,7 @@ import sys
 
 from crab_edge_apps.cli import run
 
-
-def peak_bytes() -> int:
-    """This process's largest resident set so far."""
-    # VmHWM, because ru_maxrss starts at what the parent had when it forked.
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-
+from crab_edge.memory import peak_bytes
 
 if __name__ == "__main__":
     code = run(sys.argv[1:])

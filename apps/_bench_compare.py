@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crab_edge_apps import _bench_decoder as graphs
-from crab_edge_apps._bench_memory import available_bytes, fresh_read_bandwidth, machine
+from crab_edge_apps._bench_memory import fresh_read_bandwidth, machine
 
 from crab_edge.errors import DependencyError, EngineError, InputError
+from crab_edge.memory import available_bytes
 
 if TYPE_CHECKING:
     from crab_edge_apps._bench_bundle import BundleDecoder
@@ -227,10 +228,9 @@ def _torch(
     skipped: dict[str, str],
 ) -> list[Contender]:
     size = 2 * shape.parameters()
-    if size * _SPARE_MEMORY > available_bytes():
-        skipped["torch"] = (
-            f"its weights take {size / 1e9:.1f} GB, free memory is {available_bytes() / 1e9:.1f}"
-        )
+    available = available_bytes()
+    if available is not None and size * _SPARE_MEMORY > available:
+        skipped["torch"] = f"its weights take {size / 1e9:.1f} GB, free memory is {available / 1e9:.1f}"
         return []
     arguments = [json.dumps(asdict(shape)), *_numbers(settings)]
     return [Contender(TORCH, "_bench_torch", arguments, size, {"runtime": "torch"})]

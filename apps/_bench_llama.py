@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 import numpy as np
-from crab_edge_apps._bench_memory import peak_bytes
 from crab_edge_apps._bench_timing import capacity, report
+
+from crab_edge.memory import peak_bytes
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the machine can do and what a process took: memory bandwidth, peak memory, names and versions.
+"""What the machine can do: memory bandwidth, names and versions.
 
 Run as a program it measures the read bandwidth in a process of its own: `THREADS [MEGABYTES]` -> one JSON
 line.
@@ -22,23 +22,6 @@ _CPU = Path("/sys/devices/system/cpu")
 _CACHES = 16
 _PASSES = 8
 PACKAGES = ("onnxruntime", "torch", "transformers", "llama_cpp_python", "gguf", "numpy", "crab-edge")
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    # VmHWM, because ru_maxrss starts at what the parent had when it forked.
-    return _status("VmHWM")
-
-
-def available_bytes() -> int:
-    """Memory that could be taken without swapping, in bytes."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-
-
-def _status(field: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
 def read_bandwidth(threads: int, megabytes: int = 0) -> float:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from crab_edge_apps._bench_memory import peak_bytes
+from crab_edge.memory import peak_bytes
 
 #: Slow contenders stop a phase after this many seconds, with at least `_FEWEST` runs of it.
 LIMIT_S = 10.0

@@ -10,8 +10,9 @@ import json
 import sys
 from typing import Any
 
-from crab_edge_apps._bench_memory import peak_bytes
 from crab_edge_apps._bench_timing import report
+
+from crab_edge.memory import peak_bytes
 
 
 def main() -> None:

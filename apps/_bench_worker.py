@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 
 import numpy as np
-from crab_edge_apps._bench_memory import peak_bytes
 from crab_edge_apps._bench_timing import capacity, report
+
+from crab_edge.memory import peak_bytes
 
 _CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 

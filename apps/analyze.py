@@ -163,10 +163,12 @@ class _Files:
     """
 
     def __init__(self, words: list[str], lists: list[Path], out: Path) -> None:
+        from crab_edge_apps._sinks import DRAWN
+
         from crab_edge.errors import InputError
         from crab_edge.inputs import read_list
 
-        self._drawn = os.path.join(os.path.realpath(out / "video"), "")
+        self._drawn = os.path.join(os.path.realpath(out / DRAWN), "")
         self._named: list[str | Path] = []
         for word in words:
             self._named += read_list("-") if word in ("-", "@-") else [word]

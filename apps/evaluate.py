@@ -173,6 +173,7 @@ def _measure(
 
     from . import _masks
     from ._predictions import collect, file_name, run_split
+    from ._progress import counting
 
     model = crab_edge.load(bundle, engine=engine)
     identity = str(model.bundle.identity) + ("+grammar" if grammar else "")
@@ -180,7 +181,7 @@ def _measure(
         model.grammars()
     folder = out / re.sub(r"[^\w.@+-]+", "_", identity)
     found, per_sample = [], {}
-    with _progress(console) as progress:
+    with counting(console) as progress:
         total = progress.add_task(f"{identity}", total=sum(len(split.records) for _, split in chosen))
         for task, split in chosen:
             progress.update(total, description=f"{task.name} {split.name}")
@@ -201,20 +202,6 @@ def _measure(
 
 def _picture(record: TestRecord) -> Path | None:
     return next((path for path, kind in record.media if kind == "image"), None)
-
-
-def _progress(console: Any) -> Any:
-    from rich import progress
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
-        progress.TimeRemainingColumn(),
-    )
-    return progress.Progress(*columns, console=console, disable=console is None)
 
 
 def _compare(report: Report, first: Scores, second: Scores) -> None:

@@ -58,6 +58,8 @@ def command(
     """
     import warnings
 
+    from crab_edge_apps._progress import with_progress
+
     # transformers announces its own renames; nobody here can act on them.
     warnings.simplefilter("ignore", FutureWarning)
     export_bundle = _exporter()
@@ -73,7 +75,9 @@ def command(
         "calibration_media": clips or None,
         "overwrite": overwrite,
     }
-    path = _with_progress(lambda progress: export_bundle(model, adapter, out, progress=progress, **options))
+    path = with_progress(
+        lambda progress: export_bundle(model, adapter, out, progress=progress, **options), "reading the model"
+    )
     _report(path, as_json)
 
 
@@ -94,19 +98,6 @@ def _files(entry: Path) -> Path | list[Path]:
     if entry.exists() or "," not in str(entry):
         return entry
     return [Path(part) for part in str(entry).split(",")]
-
-
-def _with_progress(work: Any) -> Path:
-    """Runs `work(progress)` under a progress bar on stderr (none where that isn't a terminal)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading the model", total=1.0)
-        path: Path = work(lambda what, share: bar.update(task, description=what, completed=share))
-    return path
 
 
 def _report(path: Path, as_json: bool) -> None:

@@ -48,8 +48,8 @@ def run(
     from crab_edge.tasks import get, scoring
 
     from . import _masks, _official
+    from ._progress import counting
     from ._results_table import Report, scene_mix
-    from .evaluate import _progress
 
     if name is not None:
         get(name)
@@ -58,7 +58,7 @@ def run(
     read = [(path, found) for path in files for found in _official.read(path, name, data)]
     report = Report(", ".join(path.name for path in files))
     _masks.check([found.task for _, found in read if not all(p.masks for p in found.predictions)])
-    with _progress(console) as progress:
+    with counting(console) as progress:
         total = progress.add_task("scoring", total=sum(len(found.predictions) for _, found in read))
         for path, found in read:
             where = found.task.name if len(files) == 1 else f"{path.name} {found.task.name}"

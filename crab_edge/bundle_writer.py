@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from crab_edge.errors import InputError
 from crab_edge.manifest import MANIFEST_NAME, FileInfo, Manifest, check_name
+from crab_edge.staging import current_umask, replace_folder, sync
 
 if TYPE_CHECKING:
     from crab_edge.bundle import Bundle
@@ -48,9 +48,7 @@ class BundleWriter:
                 f"{self.out.parent}: can't be written ({error.strerror}); choose another --out"
             ) from error
         # mkdtemp makes a private folder; a bundle is as readable as the user's other files.
-        umask = os.umask(0)
-        os.umask(umask)
-        self._folder.chmod(0o777 & ~umask)
+        self._folder.chmod(0o777 & ~current_umask())
         return self
 
     def __exit__(
@@ -108,32 +106,9 @@ class BundleWriter:
         (folder / MANIFEST_NAME).write_text(complete.to_text(), encoding="utf-8")
         Bundle.open(folder, full=True)
         for path in [*folder.rglob("*"), folder]:
-            _sync(path)
-        self._publish(folder)
-        self._folder = None
-        _sync(self.out.parent)
-        return self.out
-
-    def _publish(self, folder: Path) -> None:
-        """Renames `folder` to `out`; an old bundle steps aside first and comes back if that fails."""
+            sync(path)
         self.check_place()
-        if not self.out.exists():
-            os.rename(folder, self.out)
-            return
-        aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.old.", dir=self.out.parent))
-        os.rename(self.out, aside / "bundle")
-        try:
-            os.rename(folder, self.out)
-        except BaseException:
-            os.rename(aside / "bundle", self.out)
-            raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        replace_folder(folder, self.out)
+        self._folder = None
+        sync(self.out.parent)
+        return self.out

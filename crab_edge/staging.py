@@ -33,10 +33,10 @@ def staged_folder(
         yield folder
         with _writable(out):
             for path in [*folder.rglob("*"), folder]:
-                _sync(path)
+                sync(path)
             _check_folder(out, overwrite, ours)
-            _replace(folder, out)
-            _sync(out.parent)
+            replace_folder(folder, out)
+            sync(out.parent)
         made = []
     finally:
         if folder is not None:
@@ -62,9 +62,9 @@ def staged_file(out: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
             folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         yield folder / out.name
         with _writable(out):
-            _sync(folder / out.name)
+            sync(folder / out.name)
             os.replace(folder / out.name, out)
-            _sync(out.parent)
+            sync(out.parent)
         made = []
     finally:
         if folder is not None:
@@ -127,7 +127,7 @@ def _remove_empty(folders: list[Path]) -> None:
             return
 
 
-def _replace(folder: Path, out: Path) -> None:
+def replace_folder(folder: Path, out: Path) -> None:
     """Renames `folder` to `out`; what was there steps aside first and comes back if that fails."""
     if not out.exists():
         os.rename(folder, out)
@@ -143,7 +143,8 @@ def _replace(folder: Path, out: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from crab_edge.engines.torch import TorchEngine
-from crab_edge.errors import ModelError
+from crab_edge.errors import EngineError, ModelError
 from crab_edge.ilora.torch_layer import ILoRALinear
 
 from .linear import row_blocks
@@ -62,7 +62,7 @@ class LayeredEngine(TorchEngine):
 
     def forward(self, embeds: Floats, position_ids: NDArray[np.int64]) -> Floats:
         """Refused."""
-        raise NotImplementedError("the decoder runs layer by layer here")
+        raise EngineError("a model held layer by layer has no whole decoder; run it with `layer`")
 
     @contextmanager
     def layer(self, i: int) -> Iterator[Callable[[Floats, NDArray[np.int64]], Floats]]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["NAMES", "Row", "Sink", "Sinks", "open_sinks", "to_csv", "to_srt", "to_vtt"]
 
 NAMES = ("csv", "srt", "vtt", "video")
+#: Folder of the annotated videos and pictures, below the output folder.
+DRAWN = "video"
 
 Row = dict[str, Any]
 
@@ -70,7 +72,7 @@ def _open(name: str, out: Path, notice: Callable[[str], None]) -> Sink:
         return SubtitleSink(out / name, name)
     from crab_edge_apps._sinks.pictures import PictureSink
 
-    return PictureSink(out / "video", notice)
+    return PictureSink(out / DRAWN, notice)
 
 
 class Sinks:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from crab_edge_apps.demo import markup
 from crab_edge_apps.demo.texts import say
 from crab_edge_apps.demo.turns import Turn
+
+from crab_edge.memory import peak_bytes, resident_bytes
 
 if TYPE_CHECKING:
     from crab_edge.session import Model
@@ -80,11 +81,6 @@ def first_and_next(turns: Sequence[Turn]) -> tuple[float | None, float | None]:
 
 
 def memory_mb() -> tuple[float, float]:
-    """Resident memory of this process in MB: now and at most."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    try:
-        with open("/proc/self/statm") as file:
-            now = int(file.read().split()[1]) * resource.getpagesize() / (1 << 20)
-    except (OSError, ValueError, IndexError):
-        now = peak
-    return now, max(now, peak)
+    """Resident memory of this process in MB: now and at most; 0 where it can't be measured."""
+    now, peak = resident_bytes() or 0, peak_bytes() or 0
+    return now / 1e6, max(now, peak) / 1e6
