@@ -8,6 +8,7 @@ input, 3 a check below its threshold, 130 interrupted.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import pkgutil
 import shlex
@@ -142,6 +143,9 @@ def _where(error: Any) -> str:
 
 def main() -> None:
     """Entry point of the `crab-edge` script."""
+    # bitsandbytes reports an optional kernel for CPUs as missing whenever PEFT imports it: nothing that the
+    # user did or could change.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.exit(run(sys.argv[1:]))
 
 

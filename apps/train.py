@@ -85,11 +85,8 @@ def command(
 
 def _quiet() -> None:
     """Silence what libraries say of each other: nothing that the user did or could change."""
-    import logging
     import warnings
 
-    # bitsandbytes misses an optional kernel for CPUs whenever PEFT imports it.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT asks transformers for a property by its old name.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
