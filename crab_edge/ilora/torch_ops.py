@@ -1,0 +1,211 @@
+"""Low-bit products and I-LoRA as torch operators: exact in torch on CPU, Triton kernels on CUDA.
+
+    crab::ilora_route             z = flatten(softmax(R x) outer (A x)) of a group of linears
+    crab::lowbit_linear           y = [W | planes of sB] [x ; z ; ..] + b, nothing concatenated
+    crab::ilora_experts           y = y0 + sB z
+    crab::lowbit_linear_experts   y = W x + sB z + b, two weights of their own bits in one launch
+
+All take weights as `prepare` returns them, activations float16 or bfloat16 (float32 on CPU too) with any
+leading axes as rows M, and give the activations' dtype. They have fake kernels and fixed launches, so that
+torch.compile and CUDA graphs can hold them. Inference only: no gradients.
+
+The layout that `prepare` makes of a `crab_edge.lowbit.QTensor` (`gpu_layout` is the same in numpy):
+- q uint8 [N, K/block, block*bits/8]. 4 bits: byte j of a block holds column j in its low half and column
+  j + block/2 in its high half, so both halves meet neighbouring activations. 8 bits: as stored.
+- scales [N, K/block], in memory column by column (strides 1, N): the rows of a tile lie side by side.
+  float16, or float32 where float16 would lose more than half a unit of the row's largest scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import CrabError
+from ..lowbit import QTensor, n_blocks
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Layout(NamedTuple):
+    """A weight as the kernels read it; see the module."""
+
+    q: NDArray[np.uint8]
+    scales: NDArray[np.float16] | NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class GpuWeight:
+    """Operands of one low-bit weight on a device; `shape` is (N, K) without padding."""
+
+    q: Tensor
+    scales: Tensor
+    bits: int
+    block: int
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales: what a product has to read."""
+        return self.q.nbytes + self.scales.nbytes
+
+
+def gpu_layout(t: QTensor) -> Layout:
+    """Codes [N, K/block, block*bits/8] and scales [K/block, N] (transposed, contiguous) for the kernels."""
+    q = t.q
+    if t.bits == 4:
+        half = t.block // 4
+        columns = np.empty((*q.shape[:2], t.block), np.uint8)
+        columns[..., 0::2], columns[..., 1::2] = q & 15, q >> 4
+        q = columns[..., : 2 * half] | (columns[..., 2 * half :] << 4)
+    with np.errstate(over="ignore"):
+        half_scales = t.scales.astype(np.float16)
+    lost = np.abs(half_scales.astype(np.float32) - t.scales).max(axis=1, initial=0)
+    fits = (lost <= t.scales.max(axis=1, initial=0) * 2.0**-11).all()
+    scales = half_scales if fits else t.scales
+    return Layout(np.ascontiguousarray(q), np.ascontiguousarray(scales.T))
+
+
+def prepare(t: QTensor, device: torch.device | str) -> GpuWeight:
+    """The weight in the kernels' layout on `device`."""
+    layout = gpu_layout(t)
+    q = torch.from_numpy(layout.q).to(device)
+    scales = torch.from_numpy(layout.scales).to(device).t()
+    return GpuWeight(q, scales, t.bits, t.block, t.shape)
+
+
+def dequantize(q: Tensor, scales: Tensor, bits: int, block: int) -> Tensor:
+    """The matrix that a prepared weight stands for, float32 [N, K/block * block]."""
+    codes = torch.cat([q & 15, q >> 4], dim=-1) if bits == 4 else q
+    values = (codes.float() - (1 << (bits - 1))) * scales.float().unsqueeze(-1)
+    return values.flatten(1)
+
+
+@torch.library.custom_op("crab::ilora_route", mutates_args=(), device_types="cpu")
+def ilora_route(
+    x: Tensor, q: Tensor, scales: Tensor, bits: int, block: int, rank: int, experts: int, groups: int
+) -> Tensor:
+    """x [.., K], AR [groups*(rank+experts), K] -> z [.., groups*experts*rank], softmax in float32."""
+    rows = q.shape[0]
+    if rows != groups * (rank + experts):
+        raise CrabError(f"route has {rows} rows, expected {groups} x ({rank} + {experts})")
+    _check(x, q, scales, bits, block, "x")
+    products = _product(x, dequantize(q, scales, bits, block)).unflatten(-1, (groups, rank + experts))
+    h, logits = products.split([rank, experts], dim=-1)
+    weights = torch.softmax(logits, dim=-1)
+    return (weights.unsqueeze(-1) * h.unsqueeze(-2)).flatten(-3).to(x.dtype)
+
+
+@torch.library.custom_op("crab::lowbit_linear", mutates_args=(), device_types="cpu")
+def lowbit_linear(
+    x: Tensor,
+    z: Tensor | None,
+    q: Tensor,
+    scales: Tensor,
+    bits: int,
+    block: int,
+    planes: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """`[W | planes of sB] [x ; z ..] + b`: x [.., K1], z [.., K2] or None (planes 0) -> y [.., N].
+
+    With z, K1 is whole blocks; with two planes K2 is too, with one its last block may be padded.
+    """
+    _check_folded(x, z, q, scales, bits, block, planes)
+    both = x if z is None else torch.cat([x] + [z] * planes, dim=-1)
+    y = _product(both, dequantize(q, scales, bits, block))
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@torch.library.custom_op("crab::ilora_experts", mutates_args=(), device_types="cpu")
+def ilora_experts(y0: Tensor, z: Tensor, q: Tensor, scales: Tensor, bits: int, block: int) -> Tensor:
+    """y0 [.., N] + sB z, z [.., K2] -> y [.., N]."""
+    _check(z, q, scales, bits, block, "z")
+    return (y0.float() + _product(z, dequantize(q, scales, bits, block))).to(y0.dtype)
+
+
+@torch.library.custom_op("crab::lowbit_linear_experts", mutates_args=(), device_types="cpu")
+def lowbit_linear_experts(
+    x: Tensor,
+    z: Tensor,
+    q: Tensor,
+    scales: Tensor,
+    bits: int,
+    block: int,
+    q_experts: Tensor,
+    scales_experts: Tensor,
+    bits_experts: int,
+    block_experts: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """`W x + sB z + b` with W and sB of their own bits and blocks: x [.., K1], z [.., K2] -> y [.., N]."""
+    _check(x, q, scales, bits, block, "x")
+    _check(z, q_experts, scales_experts, bits_experts, block_experts, "z")
+    y = _product(x, dequantize(q, scales, bits, block))
+    y = y + _product(z, dequantize(q_experts, scales_experts, bits_experts, block_experts))
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@ilora_route.register_fake
+def _(x, q, scales, bits, block, rank, experts, groups):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], groups * experts * rank))
+
+
+@lowbit_linear.register_fake
+def _(x, z, q, scales, bits, block, planes, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], q.shape[0]))
+
+
+@ilora_experts.register_fake
+def _(y0, z, q, scales, bits, block):  # type: ignore[no-untyped-def]
+    return torch.empty_like(y0, memory_format=torch.contiguous_format)
+
+
+@lowbit_linear_experts.register_fake
+def _(  # type: ignore[no-untyped-def]
+    x, z, q, scales, bits, block, q_experts, scales_experts, bits_experts, block_experts, bias
+):
+    return x.new_empty((*x.shape[:-1], q.shape[0]))
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [.., K] times weight^T in float32, x padded to the weight's columns."""
+    return torch.nn.functional.pad(x.float(), (0, weight.shape[1] - x.shape[-1])) @ weight.t()
+
+
+def _check(x: Tensor, q: Tensor, scales: Tensor, bits: int, block: int, name: str) -> None:
+    """CrabError unless codes, scales and the width of x belong together."""
+    _check_operands(x, q, scales, bits, block)
+    if n_blocks(x.shape[-1], block) != q.shape[1]:
+        raise CrabError(
+            f"{name} has {x.shape[-1]} columns, expected {q.shape[1]} blocks of {block}: pass weights of prepare()"
+        )
+
+
+def _check_folded(
+    x: Tensor, z: Tensor | None, q: Tensor, scales: Tensor, bits: int, block: int, planes: int
+) -> None:
+    if z is None:
+        if planes:
+            raise CrabError(f"planes is {planes} without z, expected 0")
+        return _check(x, q, scales, bits, block, "x")
+    _check_operands(x, q, scales, bits, block)
+    k1, k2 = x.shape[-1], z.shape[-1]
+    if planes < 1 or k1 % block or (planes > 1 and k2 % block):
+        raise CrabError(f"x [.., {k1}] and {planes} x z [.., {k2}] don't fit blocks of {block}")
+    if q.shape[1] != k1 // block + planes * n_blocks(k2, block):
+        raise CrabError(f"weight has {q.shape[1]} blocks, expected those of {k1} + {planes} x {k2} columns")
+    if z.shape[:-1] != x.shape[:-1] or z.dtype != x.dtype:
+        raise CrabError(f"z is {z.dtype} {tuple(z.shape)}, expected rows and dtype of x {tuple(x.shape)}")
+
+
+def _check_operands(x: Tensor, q: Tensor, scales: Tensor, bits: int, block: int) -> None:
+    if x.dtype not in DTYPES or q.dtype != torch.uint8 or q.shape[-1] * 8 != block * bits:
+        raise CrabError(f"got x {x.dtype}, codes {q.dtype} {tuple(q.shape)} for {bits} bits, block {block}")
+    if scales.shape != q.shape[:2]:
+        raise CrabError(f"scales are {tuple(scales.shape)}, expected {tuple(q.shape[:2])}")
