@@ -103,7 +103,7 @@ class TorchBundleEngine:
     def _load(self, name: str) -> Any:
         what, needed = f"the {name}'s weights", self._graph_bytes(name)
         devices.check_room(self.device, what, needed)
-        with torch.inference_mode(), devices.failures(self.device, f"loading {what}", needed):
+        with devices.running(self.device, f"loading {what}", needed):
             reader = GraphReader(self._bundle.graph(name), self.device, self.dtype)
             if name == "decoder":
                 return Decoder(reader, self._model)
@@ -145,7 +145,7 @@ class TorchBundleEngine:
 
     def _encode(self, name: str, run: Callable[[Any], torch.Tensor], rows: int) -> NDArray[np.float32]:
         tower = self._part(name)
-        with torch.inference_mode(), devices.failures(self.device, f"the {name} encoder", 0):
+        with devices.running(self.device, f"the {name} encoder", 0):
             out = run(tower).cpu().numpy()
         if out.shape != (rows, self._model.hidden_size):
             raise EngineError(
@@ -176,7 +176,7 @@ class TorchBundleEngine:
         cache = self._cache = self._cache or self.new_cache()
         needed = cache.bytes_for(cache.grown(total))
         try:
-            with torch.inference_mode(), devices.failures(self.device, f"{total} tokens", needed):
+            with devices.running(self.device, f"{total} tokens", needed):
                 logits = self._run(decoder, cache, embeds, position_ids)
         except EngineError:
             # Buffers that grew halfway belong to no capacity.

@@ -6,9 +6,16 @@ can be captured in a CUDA graph and replayed for every token that the capacity h
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from crab_edge.engines._torch_layers import rotate
+
+if TYPE_CHECKING:
+    from crab_edge.engines._torch_layers import Turn
 
 FIRST_CAPACITY = 1024
 
@@ -58,6 +65,11 @@ class Cache:
         return True
 
 
+def _turned(q: Tensor, k: Tensor, turned: Turn) -> tuple[Tensor, Tensor]:
+    both = rotate(torch.cat([q, k], dim=1), turned).to(q.dtype)
+    return both[:, : q.shape[1]], both[:, q.shape[1] :]
+
+
 class Chunk:
     """Attention of `steps` tokens that follow the cache's first `begin`."""
 
@@ -69,9 +81,10 @@ class Chunk:
             places = torch.arange(self._total, device=cache.keys[0].device)
             self._mask = places[None] <= places[begin:, None]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [S, heads, depth], k and v [S, kv_heads, depth] -> [S, heads*depth]."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, turned: Turn, scale: float) -> Tensor:
+        """q [S, heads, depth], k and v [S, kv_heads, depth], not turned -> [S, heads*depth]."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
+        q, k = _turned(q, k, turned)
         keys[:, self._begin : self._total] = k.transpose(0, 1)
         values[:, self._begin : self._total] = v.transpose(0, 1)
         times = q.shape[1] // keys.shape[0]
@@ -92,12 +105,13 @@ class Step:
         self._cache, self._past = cache, past
         self._mask = torch.arange(cache.capacity, device=past.device)[None] <= past
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, turned: Turn, scale: float) -> Tensor:
         """As `Chunk`, for S = 1."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
+        q, k = _turned(q, k, turned)
         keys.index_copy_(1, self._past, k.transpose(0, 1).to(keys.dtype))
         values.index_copy_(1, self._past, v.transpose(0, 1).to(values.dtype))
         # Heads that share keys are the rows of one attention, so that nothing has to be repeated.
-        rows = q.view(1, keys.shape[0], -1, q.shape[2])
+        rows = q.reshape(1, keys.shape[0], -1, q.shape[2])
         k, v = keys[None].to(q.dtype), values[None].to(q.dtype)
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=self._mask, scale=scale).reshape(1, -1)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from crab_edge.engines._torch_layers import Norm, rotate, turn
+from crab_edge.engines import _torch_layers
+from crab_edge.engines._torch_layers import Norm, turn
 from crab_edge.engines._torch_weights import GraphReader, Group
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from crab_edge.engines._torch_weights import Seen
     from crab_edge.manifest import ModelInfo
 
-    Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+    Attend = Callable[[int, Tensor, Tensor, Tensor, Turn, float], Tensor]
 
 ROOT = "language_model"
 
@@ -46,6 +46,7 @@ class Decoder:
     def __init__(self, reader: GraphReader, model: ModelInfo) -> None:
         self.dtype = reader.dtype
         self.depth = model.head_dim
+        self._between = _kernels() if reader.device.type == "cuda" else _torch_layers
         self._table = self._rotary(reader)
         norm = Norm.read(reader, f"{ROOT}.layers.0.input_layernorm")
         self.layers: list[Layer] = []
@@ -68,20 +69,17 @@ class Decoder:
 
         `attend` (a `Chunk` or a `Step`) keeps the keys and values; `seen` is told of every route's input.
         """
-        turned = self._turned(positions)
-        residual = embeds
+        turned, between = self._turned(positions), self._between
+        residual, x = between.add_norm(self.layers[0].input_norm, embeds)
+        following = [*(layer.input_norm for layer in self.layers[1:]), self._last_norm]
         for i, layer in enumerate(self.layers):
-            x = layer.input_norm(residual)
             q, k, v = (part.unflatten(1, (-1, self.depth)) for part in layer.qkv(x, seen))
-            both = rotate(torch.cat([q, k], dim=1), turned).to(self.dtype)
-            q, k = both.split([q.shape[1], k.shape[1]], dim=1)
-            (x,) = layer.o(attend(i, q, k, v, layer.scale), seen)
-            residual = residual + x
-            x = layer.middle_norm(residual)
+            (x,) = layer.o(attend(i, q, k, v, turned, layer.scale), seen)
+            residual, x = between.add_norm(layer.middle_norm, residual, x)
             gate, up = layer.gate_up(x, seen)
-            (x,) = layer.down(F.silu(gate) * up, seen)
-            residual = residual + x
-        (logits,) = self._head(self._last_norm(residual[-1:]))
+            (x,) = layer.down(between.silu_mul(gate, up), seen)
+            residual, x = between.add_norm(following[i], residual, x)
+        (logits,) = self._head(x[-1:])
         return logits[0].float()
 
     def _turned(self, positions: Tensor) -> Turn:
@@ -120,3 +118,9 @@ class Decoder:
             down=reader.group([f"{mlp}.down_proj"]),
             scale=mixed.floats["scale"],
         )
+
+
+def _kernels() -> Any:
+    from crab_edge.engines import _torch_kernels
+
+    return _torch_kernels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -85,10 +85,16 @@ def check_room(device: torch.device, what: str, needed: int) -> None:
 
 
 @contextmanager
-def failures(device: torch.device, what: str, needed: int) -> Iterator[None]:
-    """Turns what torch and the kernels raise during `what` into an EngineError."""
+def running(device: torch.device, what: str, needed: int) -> Iterator[None]:
+    """`what` on the device, without gradients; what torch and the kernels raise becomes an EngineError.
+
+    needed: bytes that `what` takes, for the message when they aren't there.
+    """
+    # Triton launches on the thread's current device, whatever the tensors' is.
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        yield
+        with torch.inference_mode(), current:
+            yield
     except CrabError:
         raise
     except torch.cuda.OutOfMemoryError as error:

@@ -40,6 +40,17 @@ class Norm:
         return cls(parts[0], parts[1] if len(parts) > 1 else None, node.floats["epsilon"], reader.dtype)
 
 
+def add_norm(norm: Norm, residual: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """residual float32 [S, H] + x (if given) of the activations' type: the sum, and its norm."""
+    total = residual if x is None else residual + x
+    return total, norm(total)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up."""
+    return F.silu(gate) * up
+
+
 def turn(cos: Tensor, sin: Tensor) -> Turn:
     """What `rotate` wants of cos and sin [M, depth/2]."""
     return torch.stack([cos, cos], dim=1)[:, None], torch.stack([-sin, sin], dim=1)[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,7 @@ class Stepper:
         self.embeds = self._host_embeds.to(device)
         self.places = self._host_places.to(device)
         self.logits = self._host_logits.to(device)
+        self._attend = _attention(decoder.depth) if self._on_gpu else Step
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def reset(self) -> None:
@@ -40,7 +41,7 @@ class Stepper:
 
     def run(self) -> None:
         """The step: `embeds` float32 [1, H] and `places` int64 [4] -> `logits` float32 [V]."""
-        attend = Step(self._cache, self.places[3:])
+        attend = self._attend(self._cache, self.places[3:])
         self.logits.copy_(self._decoder(self.embeds, self.places[:3, None], attend))
 
     def __call__(
@@ -75,3 +76,10 @@ class Stepper:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.run()
         return graph
+
+
+def _attention(depth: int) -> Any:
+    """The kernels' step where they take heads of this depth, else torch's."""
+    from crab_edge.engines._torch_kernels import FastStep
+
+    return FastStep if FastStep.takes(depth) else Step

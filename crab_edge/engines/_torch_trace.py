@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from crab_edge.engines._torch_cache import Cache, Chunk
-from crab_edge.engines._torch_device import failures
+from crab_edge.engines._torch_device import running
 from crab_edge.errors import EngineError, InputError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class RouterTracer:
         cache, total = self._new_cache(), len(embeds)
         needed = cache.bytes_for(cache.grown(total))
         parts = []
-        with torch.inference_mode(), failures(self._device, "a router trace", needed):
+        with running(self._device, "a router trace", needed):
             cache.reserve(total, 0)
             for begin in range(0, total, CHUNK):
                 chunk = slice(begin, begin + CHUNK)
