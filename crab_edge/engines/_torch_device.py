@@ -28,9 +28,8 @@ def choose_device(name: str) -> torch.device:
     if kind != "cuda" or not (number.isdecimal() or name == "cuda"):
         raise InputError(f"device {name!r}: engine torch knows auto, cpu, cuda and cuda:N")
     if not torch.cuda.is_available():
-        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         raise EngineError(
-            f"device {name}: torch {torch.__version__} (built {built}) finds no GPU; check `nvidia-smi`, "
+            f"device {name}: torch {torch.__version__} finds no GPU ({_why_no_gpu()}); check `nvidia-smi`, "
             "install a torch that is built for your driver's CUDA, or use device cpu or engine onnxruntime"
         )
     count = torch.cuda.device_count()
@@ -41,6 +40,15 @@ def choose_device(name: str) -> torch.device:
     if importlib.util.find_spec("triton") is None:
         raise DependencyError("engine torch on CUDA needs Triton; run `pip install 'crab-edge[cuda]'`")
     return torch.device("cuda", index)
+
+
+def _why_no_gpu() -> str:
+    """What CUDA says to it: a torch without CUDA, a driver that is too old or missing, no device."""
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return " ".join(str(error).split())[:200].rstrip(".")
+    return "no device"
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

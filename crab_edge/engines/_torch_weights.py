@@ -220,6 +220,8 @@ class GraphReader:
         """The linears that make `outputs` out of one input."""
         found = [self._linear(output) for output in outputs]
         routes = [route for _, route in found if route is not None]
+        if any(route is not routes[0] for route in routes):
+            raise self._unknown(f"{outputs[0]} and its neighbours have different routers")
         begins = [
             (linear.begin, name) for name, (linear, _) in zip(outputs, found, strict=True) if linear.end
         ]

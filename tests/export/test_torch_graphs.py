@@ -114,28 +114,18 @@ def test_short_activations(tiny, inputs, tmp_path, dtype):
     assert 1e-5 < relative(said, exact) < 3e-2
 
 
-def test_the_step_has_no_shape_that_depends_on_data(tiny, inputs, tmp_path):
-    """Traced once on other values it gives the same as run: what a CUDA graph asks of it."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
+def test_the_step_compiles_whole(tiny, inputs, tmp_path):
+    """As one graph, once, for all places: nothing in it depends on data, which a CUDA graph asks of it too."""
     path = write_decoder(tiny, PRECISIONS["4 bits, two planes folded"], tmp_path / "d.onnx")
     ours = Torch(path, tiny.config.text_config)
     ours(*inputs)
-    step = ours.step
-
-    def run(embeds, places):
-        step.embeds.copy_(embeds)
-        step.places.copy_(places)
-        step.run()
-        return step.logits.clone()
-
-    traced = make_fx(run)(torch.zeros(1, 64), torch.tensor([1, 1, 1, 5]))
-    ours(*inputs)
-    place = [*inputs[1][:, -1].tolist(), TOKENS - 1]
-    embeds = torch.from_numpy(inputs[0][-1:])
-    wanted = run(embeds, torch.tensor(place)).numpy()
-    ours(*inputs)
-    assert relative(traced(embeds, torch.tensor(place)).numpy(), wanted) < 1e-6
+    compiled = torch.compile(ours.step.run, fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for place in (TOKENS - 1, 7):
+            wanted = ours.step(inputs[0][place : place + 1], inputs[1][:, place : place + 1], place).copy()
+            ours.step.logits.zero_()
+            compiled()
+            assert relative(ours.step.logits.numpy(), wanted) < 1e-6
 
 
 TOWERS = {
