@@ -110,7 +110,14 @@ class TorchBundleEngine:
             return Vision(reader) if name == "vision" else Audio(reader)
 
     def _part(self, name: str) -> Any:
-        return self._start(name, threaded=False).result()
+        future = self._start(name, threaded=False)
+        try:
+            return future.result()
+        except BaseException:
+            # The next use tries again: memory may be free by then.
+            with self._lock:
+                self._parts.pop(name, None)
+            raise
 
     def close(self, *names: str) -> None:
         """Drops these graphs (default: all, with the cache) and gives their memory back."""

@@ -40,13 +40,15 @@ def _add_norm(residual, x, weight, total_out, out, width, epsilon, ADDS: tl.cons
 
 
 @triton.jit
-def _silu_mul(gate, up, out, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    x = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+def _silu_mul(gate, up, out, width, gate_stride, up_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    x = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
     # Rounded in between, as torch does it.
     x = (x / (1.0 + tl.exp(-x))).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + at, (x * tl.load(up + at, mask=inside, other=0.0)).to(out.dtype.element_ty), mask=inside)
+    x = x * tl.load(up + row * up_stride + at, mask=inside, other=0.0)
+    tl.store(out + row * width + at, x.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -164,10 +166,11 @@ def add_norm(norm: Norm, residual: Tensor, x: Tensor | None = None) -> tuple[Ten
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """As `_torch_layers.silu_mul`."""
-    out = torch.empty_like(gate)
-    grid = (triton.cdiv(gate.numel(), _ELEMENTS),)
-    _silu_mul[grid](gate, up, out, gate.numel(), BLOCK=_ELEMENTS)
+    """As `_torch_layers.silu_mul`; both may be columns of wider matrices."""
+    rows, width = gate.shape
+    out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
+    grid = (rows, triton.cdiv(width, _ELEMENTS))
+    _silu_mul[grid](gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=_ELEMENTS)
     return out
 
 

@@ -115,7 +115,7 @@ def test_short_activations(tiny, inputs, tmp_path, dtype):
 
 
 def test_the_step_compiles_whole(tiny, inputs, tmp_path):
-    """As one graph, once, for all places: nothing in it depends on data, which a CUDA graph asks of it too."""
+    """One graph for all places: nothing in it depends on data, which a CUDA graph asks of it too."""
     path = write_decoder(tiny, PRECISIONS["4 bits, two planes folded"], tmp_path / "d.onnx")
     ours = Torch(path, tiny.config.text_config)
     ours(*inputs)

@@ -36,7 +36,9 @@ TYPES = {
     "epsilon": "fp32",
     "scale": "fp32",
     **dict.fromkeys(("cos", "sin", "tops", "sums", "parts"), "*fp32"),
-    **dict.fromkeys(("width", "count", "capacity", "heads", "kv_heads", "group"), "i32"),
+    **dict.fromkeys(
+        ("width", "gate_stride", "up_stride", "count", "capacity", "heads", "kv_heads", "group"), "i32"
+    ),
 }
 
 
