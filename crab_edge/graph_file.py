@@ -94,10 +94,9 @@ class GraphFile:
     def __contains__(self, name: str) -> bool:
         return name in self._weights
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(tensor.n_bytes for tensor in self._weights.values())
+    def n_bytes(self, dtype: str | None = None) -> int:
+        """Bytes of all weights, or of those of one type (as numpy names it)."""
+        return sum(each.n_bytes for each in self._weights.values() if dtype in (None, each.dtype))
 
     def weight(self, name: str) -> NDArray[Any]:
         """The weight `name`, lying in the mapped file. ValueError where it isn't there or is cut off.

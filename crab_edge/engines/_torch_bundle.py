@@ -69,7 +69,8 @@ class TorchBundleEngine:
         return free is not None and sum(self._graph_bytes(name) for name in GRAPHS) > free
 
     def _graph_bytes(self, name: str) -> int:
-        files, graph = self._bundle.manifest.files, self._bundle.graph(name).name
+        manifest = self._bundle.manifest
+        files, graph = manifest.files, str(getattr(manifest.graphs, name))
         return sum(files[part].size for part in (graph, f"{graph}.data") if part in files)
 
     def warm(self, *, vision: bool = True, audio: bool = True) -> None:
@@ -101,10 +102,10 @@ class TorchBundleEngine:
         return future
 
     def _load(self, name: str) -> Any:
-        what, needed = f"the {name}'s weights", self._graph_bytes(name)
+        reader = GraphReader(self._bundle.graph(name), self.device, self.dtype)
+        what, needed = f"the {name}'s weights", reader.device_bytes()
         devices.check_room(self.device, what, needed)
         with devices.running(self.device, f"loading {what}", needed):
-            reader = GraphReader(self._bundle.graph(name), self.device, self.dtype)
             if name == "decoder":
                 return Decoder(reader, self._model)
             return Vision(reader) if name == "vision" else Audio(reader)

@@ -108,7 +108,7 @@ class Linear:
 
     def __call__(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """[M, K] -> [M, N]."""
-        mine = None if z is None or not self.end else z[:, self.begin : self.end].contiguous()
+        mine = None if z is None or not self.end else z[:, self.begin : self.end]
         base, experts = self.base, self.experts
         if isinstance(base, Float):
             both = x if mine is None or not self.planes else torch.cat([x] + [mine] * self.planes, dim=1)
@@ -177,10 +177,14 @@ class GraphReader:
         self._nodes = {output: node for node in self._file.nodes for output in node.outputs if output}
         self._left = {node.outputs[0]: node for node in self._file.nodes}
         self._routes: dict[str, Route] = {}
-        self.n_bytes = self._file.n_bytes
 
     def __contains__(self, output: str) -> bool:
         return output in self._nodes
+
+    def device_bytes(self) -> int:
+        """What the weights take on the device: codes as they are, floats in the reader's type."""
+        floats = self._file.n_bytes("float32")
+        return self._file.n_bytes() - floats + floats * self.dtype.itemsize // 4
 
     def take(self, output: str, *kinds: str) -> Node:
         """The node that makes `output`, which must be of one of `kinds`."""
