@@ -64,7 +64,7 @@ class TorchBundleEngine:
         self.length = 0
 
     def _short_of_memory(self) -> bool:
-        """Whether the GPU can't hold all graphs at once; on the CPU weights stay mapped files."""
+        """Whether the GPU can't hold all graphs at once; the CPU can always page something out."""
         free = devices.free_bytes(self.device)
         return free is not None and sum(self._graph_bytes(name) for name in GRAPHS) > free
 
@@ -129,7 +129,7 @@ class TorchBundleEngine:
             error = future.exception()
             if error is not None:
                 raise error
-        if not names:
+        if not names or "decoder" in names:
             self._forget()
         if closing and self.device.type == "cuda":
             del closing, future
