@@ -143,23 +143,47 @@ def _unpack8(q, DTYPE: tl.constexpr, ASM: tl.constexpr):
 def _activations(
     x_ptr, z_ptr, M, m, block, column, fits,
     K1: tl.constexpr, K2: tl.constexpr, XS: tl.constexpr, ZS: tl.constexpr,
-    PLANES: tl.constexpr, BLOCK: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """[x ; z ; ..]^T [KS, columns, BM] of rows `m`, at columns `column` [KS, columns] of blocks `block` [KS]."""
+    """[x ; z ; ..]^T [KS, columns, rows] of rows `m`, at columns `column` [KS, columns] of blocks `block` [KS].
+
+    With BM = 1 the first row is loaded once and stands in all of them.
+    """
     k = (block * BLOCK)[:, None] + column
-    pointers = (x_ptr + k)[:, :, None] + (m * XS)[None, None, :]
-    mask = fits[:, None]
+    fits = fits[:, None]
     if PLANES > 0:
         X_BLOCKS: tl.constexpr = (K1 + BLOCK - 1) // BLOCK
         Z_BLOCKS: tl.constexpr = (K2 + BLOCK - 1) // BLOCK
         in_x = (block < X_BLOCKS)[:, None]
         kz = ((block - X_BLOCKS) % Z_BLOCKS * BLOCK)[:, None] + column
-        pointers = tl.where(in_x[:, :, None], pointers, (z_ptr + kz)[:, :, None] + (m * ZS)[None, None, :])
         if K2 % BLOCK != 0:
-            mask = mask & (in_x | (kz < K2))
-    elif K1 % BLOCK != 0:
-        mask = mask & (k < K1)
-    return tl.load(pointers, mask=mask[:, :, None] & (m < M)[None, None, :], other=0.0)
+            fits = fits & (in_x | (kz < K2))
+        if BM == 1:
+            row = tl.program_id(0)
+            x = tl.load(tl.where(in_x, x_ptr + row * XS + k, z_ptr + row * ZS + kz), mask=fits, other=0.0)
+        else:
+            in_z = (z_ptr + kz)[:, :, None] + (m * ZS)[None, None, :]
+            pointers = tl.where(in_x[:, :, None], (x_ptr + k)[:, :, None] + (m * XS)[None, None, :], in_z)
+            x = tl.load(pointers, mask=fits[:, :, None] & (m < M)[None, None, :], other=0.0)
+    else:
+        if K1 % BLOCK != 0:
+            fits = fits & (k < K1)
+        if BM == 1:
+            x = tl.load(x_ptr + tl.program_id(0) * XS + k, mask=fits, other=0.0)
+        else:
+            pointers = (x_ptr + k)[:, :, None] + (m * XS)[None, None, :]
+            x = tl.load(pointers, mask=fits[:, :, None] & (m < M)[None, None, :], other=0.0)
+    if BM == 1:
+        x = tl.broadcast_to(x[:, :, None], column.shape[0], column.shape[1], m.shape[0])
+    return x
+
+
+@triton.jit
+def _scales(s_ptr, start, row, inside, N: tl.constexpr, BLOCKS: tl.constexpr, PER: tl.constexpr, KS: tl.constexpr):
+    """Scales [KS, BN] of the chunks from `start` on."""
+    block = (start + tl.arange(0, KS)) // PER
+    mask = (block < BLOCKS)[:, None] & inside[None, :]
+    return tl.load(s_ptr + (block * N)[:, None] + row[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -167,9 +191,9 @@ def _accumulate(
     total, x_ptr, z_ptr, q_ptr, s_ptr, M, m, row, inside,
     N: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, XS: tl.constexpr, ZS: tl.constexpr,
     PLANES: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr,
+    BM: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """total [KS, BN, BM] + products of the weight's rows `row` [BN] (where `inside`) with rows `m` of x, z.
+    """total [KS, BN, rows] + products of the weight's rows `row` [BN] (where `inside`) with rows `m` of x, z.
 
     K1, K2: columns of x and z (PLANES times in the weight); XS, ZS: their rows' strides; N: stride of scales.
     """
@@ -181,34 +205,46 @@ def _accumulate(
     KS: tl.constexpr = total.shape[0]
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     j = tl.arange(0, C)
+    ahead = _scales(s_ptr, 0, row, inside, N, BLOCKS, PER, KS)
     for start in tl.range(0, BLOCKS * PER, KS, num_stages=STAGES):
         chunk = start + tl.arange(0, KS)
         fits = chunk < BLOCKS * PER
         block = chunk // PER
         codes = (row * (BLOCKS * BYTES))[None, :, None] + (chunk * C)[:, None, None] + j[None, None, :]
         q = tl.load(q_ptr + codes, mask=fits[:, None, None] & inside[None, :, None], other=0)
-        scales = (block * N)[:, None] + row[None, :]
-        s = tl.load(s_ptr + scales, mask=fits[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        s, ahead = ahead, _scales(s_ptr, start + KS, row, inside, N, BLOCKS, PER, KS)
         column = (chunk % PER * C)[:, None] + j[None, :]
         if BITS == 8:
-            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK)
+            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM)
             part = tl.dot(_unpack8(q, DTYPE, ASM), x)
         elif BLOCK < 64:
             # Half a block is too short for a product of its own: the halves are put side by side.
             low, high = _unpack4(q, DTYPE, ASM)
             whole = tl.join(low, high).permute(0, 1, 3, 2).reshape(KS, row.shape[0], BLOCK)
             column = (chunk * 0)[:, None] + tl.arange(0, BLOCK)[None, :]
-            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK)
+            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM)
             part = tl.dot(whole, x)
         else:
             low, high = _unpack4(q, DTYPE, ASM)
-            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK)
+            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM)
             part = tl.dot(low, x)
             column += BLOCK // 2
-            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK)
+            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM)
             part = tl.dot(high, x, part)
-        total += part * s[:, :, None]
+        total += part * s.to(tl.float32)[:, :, None]
     return total
+
+
+@triton.jit
+def _rows(BM: tl.constexpr):
+    """Rows of activations that a program computes: BM of them, but 8 (the least for tensor cores) when BM is 1."""
+    return tl.program_id(0) * BM + tl.arange(0, 8 if BM == 1 else BM)
+
+
+@triton.jit
+def _counts(m, M, BM: tl.constexpr):
+    """Which of `_rows` are this program's to store."""
+    return (m < M) & (m < (tl.program_id(0) + 1) * BM)
 
 
 @triton.jit
@@ -221,7 +257,7 @@ def _product(
     BN: tl.constexpr, BM: tl.constexpr, KS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     # Programs that share rows of the weight follow each other, so that the cache serves all but the first.
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m = _rows(BM)
     begin = tl.program_id(1) * BN
     row = begin + tl.arange(0, BN)
     inside = row < N
@@ -230,18 +266,18 @@ def _product(
         if SPLIT1 > 0:
             linear += (begin >= SPLIT1).to(tl.int32)
         z_ptr += linear * K2
-    total = tl.zeros([KS, BN, BM], tl.float32)
+    total = tl.zeros([KS, BN, m.shape[0]], tl.float32)
     total = _accumulate(
         total, x_ptr, z_ptr, q_ptr, s_ptr, M, m, row, inside,
-        N, K1, K2, XS, ZS, PLANES, BITS, BLOCK, C, STAGES, ASM,
+        N, K1, K2, XS, ZS, PLANES, BITS, BLOCK, C, BM, STAGES, ASM,
     )  # fmt: skip
     if BITS_E > 0:
         total = _accumulate(
             total, z_ptr, z_ptr, qe_ptr, se_ptr, M, m, row, inside,
-            N, K2, K2, ZS, ZS, 0, BITS_E, BLOCK_E, C_E, STAGES, ASM,
+            N, K2, K2, ZS, ZS, 0, BITS_E, BLOCK_E, C_E, BM, STAGES, ASM,
         )  # fmt: skip
     y = tl.sum(total, 0)
-    within = inside[:, None] & (m < M)[None, :]
+    within = inside[:, None] & _counts(m, M, BM)[None, :]
     place = (m * N)[None, :] + row[:, None]
     if ADD_ROWS:
         y += tl.load(add_ptr + place, mask=within, other=0.0).to(tl.float32)
@@ -299,24 +335,24 @@ def route_kernel(
     A program's BT rows are BA rows of one A and all of its R: each program makes its own softmax.
     """
     TILES: tl.constexpr = (RANK + BA - 1) // BA
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m = _rows(BM)
     linear = tl.program_id(1) // TILES
     first = tl.program_id(1) % TILES * BA
     r = tl.arange(0, BT)
     down = (r < BA) & (first + r < RANK)
     router = (r >= BA) & (r < BA + EXPERTS)
     row = linear * (RANK + EXPERTS) + tl.where(r < BA, first + r, RANK + r - BA)
-    h = tl.zeros([KS, BT, BM], tl.float32)
+    h = tl.zeros([KS, BT, m.shape[0]], tl.float32)
     h = _accumulate(
         h, x_ptr, x_ptr, q_ptr, s_ptr, M, m, row, down | router,
-        GROUPS * (RANK + EXPERTS), K1, 0, XS, 0, 0, BITS, BLOCK, C, STAGES, ASM,
+        GROUPS * (RANK + EXPERTS), K1, 0, XS, 0, 0, BITS, BLOCK, C, BM, STAGES, ASM,
     )  # fmt: skip
     h = tl.sum(h, 0)
     logits = tl.where(router[:, None], h, float("-inf"))
     g = tl.exp(logits - tl.max(logits, 0)[None, :])
     g = g / tl.sum(g, 0)[None, :]
     z = z_ptr + (m * (GROUPS * EXPERTS * RANK))[None, :] + (linear * EXPERTS * RANK + first + r)[:, None]
-    within = down[:, None] & (m < M)[None, :]
+    within = down[:, None] & _counts(m, M, BM)[None, :]
     for i in tl.static_range(EXPERTS):
         weight = tl.sum(tl.where((r == BA + i)[:, None], g, 0.0), 0)
         tl.store(z + i * RANK, (h * weight[None, :]).to(z_ptr.dtype.element_ty), mask=within)

@@ -117,6 +117,6 @@ def _stride(x: Tensor | None) -> int:
 
 
 def _columns_first(scales: Tensor) -> Tensor:
-    if scales.stride(0) != 1 and scales.shape[0] > 1 or scales.stride(1) != scales.shape[0]:
+    if not scales.t().is_contiguous():
         raise CrabError("scales lie row by row; make the weight with crab_edge.ilora.torch_ops.prepare")
     return scales

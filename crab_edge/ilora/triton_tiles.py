@@ -39,34 +39,34 @@ def linear_tile(
     """For an [n, k] weight and m rows of activations. `splits`: rows at which a joined weight's linears begin.
     `beside`: bits and block of a second weight in the same launch.
     """
+    chunks = 1
+    rows = 64
     if m <= DECODE:
-        # Enough programs for every multiprocessor of a large card; a narrow weight shares out K instead.
-        rows, chunks = (64, 2) if n >= 16384 else (32, 4) if n >= 8192 else (16, 4)
-        warps = 4
-    else:
-        rows, chunks, warps = (128, 1, 8) if n >= 2048 and m > 32 else (64, 1, 4)
+        # A wide weight has rows enough for four programs a multiprocessor; a narrow one shares out K instead.
+        rows, chunks = (64, 4) if n >= 16384 else (32, 4) if n >= 8192 else (16, 8 if k < 8192 else 16)
     while any(split % rows for split in splits):
         rows //= 2
-        if rows < 16:
-            raise CrabError(f"linears of one weight begin at rows {splits}, expected multiples of 16")
+    if rows < 16:
+        raise CrabError(f"linears of one weight begin at rows {splits}, expected multiples of 16")
     columns = _columns(m)
-    needs = [_stage(rows, columns, bits, block), _stage(rows, columns, *beside) if beside[0] else 0]
-    return Tile(rows, columns, *_pipeline(max(needs), chunks, bits, block), warps)
+    stage = max(_stage(rows, columns, bits, block), _stage(rows, columns, *beside) if beside[0] else 0)
+    return _tile(rows, columns, stage, chunks, bits, block)
 
 
 def route_tile(m: int, k: int, bits: int, block: int, rank: int, experts: int, groups: int) -> Tile:
     """For a group's stacked A and R of k columns and m rows of activations."""
-    rows = 16 if m <= DECODE else 64
+    decode = m <= DECODE
+    rows = 16 if decode else 64
     while rows <= experts:
         rows *= 2
     parts = -(-rank // (rows - experts))
-    if m <= DECODE:
+    if decode:
         # The more programs, the more multiprocessors read at once, and the more often R is read.
         parts = max(parts, min(32 if groups == 1 else 16, rank))
     columns = _columns(m)
-    chunks = 4 if m <= DECODE else 1
     stage = _stage(rows, columns, bits, block)
-    return Tile(rows, columns, *_pipeline(stage, chunks, bits, block), 4, -(-rank // parts))
+    chunks = (8 if k < 8192 else 16) if decode else 1
+    return _tile(rows, columns, stage, chunks, bits, block, -(-rank // parts))
 
 
 def chunk_bytes(bits: int, block: int) -> int:
@@ -75,20 +75,23 @@ def chunk_bytes(bits: int, block: int) -> int:
 
 
 def _columns(m: int) -> int:
-    return next((size for size in (DECODE, 16, 32) if m <= size), PREFILL)
+    return next((size for size in (1, DECODE, 16, 32) if m <= size), PREFILL)
 
 
 def _stage(rows: int, columns: int, bits: int, block: int) -> int:
-    """Bytes of shared memory that one chunk takes: codes, and float16 activations."""
+    """Bytes of shared memory that one chunk takes: codes, 16-bit activations, scales."""
     size = chunk_bytes(bits, block)
-    return size * rows + size * 8 // bits * columns * 2
+    return size * rows + size * 8 // bits * columns * 2 + 4 * rows
 
 
-def _pipeline(stage: int, chunks: int, bits: int, block: int) -> tuple[int, int, int]:
-    """chunks, bytes a chunk, stages: smaller chunks side by side as many as the larger would be."""
+def _tile(rows: int, columns: int, stage: int, chunks: int, bits: int, block: int, down: int = 0) -> Tile:
+    """The tile with as many chunks as asked for (more where they are small) and stages as memory has room for."""
     size = chunk_bytes(bits, block)
     if chunks > 1:
-        chunks *= max(1, 32 // size)
+        chunks = min(16, chunks * max(1, 64 // size))
     while chunks > 1 and stage * chunks * 2 > SHARED:
         chunks //= 2
-    return chunks, size, 1 + max(1, min(4, SHARED // (stage * chunks)))
+    stages = 1 + max(1, min(4, SHARED // (stage * chunks)))
+    # A tensor core's tile has 16 rows; a warp with less than one to itself would repeat another's.
+    warps = min(8 if chunks == 16 else 4, chunks * rows // 16)
+    return Tile(rows, columns, chunks, size, stages, warps, down)
