@@ -26,7 +26,7 @@ AUTO = "onnxruntime"
 INSTALL = {
     "onnxruntime": "pip install 'crab-edge[cpu]'",
     "tensorrt": "pip install 'crab-edge[tensorrt]'",
-    "torch": "pip install 'crab-edge[train]'",
+    "torch": "pip install 'crab-edge[cuda]'",
 }
 
 

@@ -1,7 +1,7 @@
-"""The float model in torch, behind the engines' protocol: the reference that bundles are compared with.
+"""The engine on torch: `create` runs bundles, `TorchEngine.load` the float model that they are compared with.
 
-It runs the official towers and decoder of transformers on a model directory, with or without an adapter. A
-bundle has no float weights, so this engine opens model directories (`TorchEngine.load`), not bundles.
+A bundle's low-bit weights run in `_torch_bundle`, which needs torch (and Triton on a GPU) alone. The float
+model is transformers' official towers and decoder on a model directory, with or without an adapter.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..bundle import Bundle
+    from ._torch_bundle import TorchBundleEngine
 
 GRID = 16
 """Patches along each side of the model's 224x224 input."""
@@ -191,9 +192,23 @@ class TorchTracer:
         """Nothing to free: the pass kept no cache."""
 
 
-def create(bundle: Bundle, *, threads: int | None = None) -> TorchEngine:
-    """Refused: a bundle has no float weights to run in torch."""
-    raise EngineError(
-        "engine torch runs float model directories, and a bundle holds exported graphs: choose engine "
-        "onnxruntime, or open the model with crab_edge.engines.torch.TorchEngine.load(model_dir, adapter_dir)"
-    )
+def create(
+    bundle: Bundle,
+    *,
+    threads: int | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    low_memory: bool | None = None,
+) -> TorchBundleEngine:
+    """Opens a bundle's own low-bit weights: Triton kernels on CUDA, exact dequantising products on the CPU.
+
+    device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; `describe` says which it became.
+    dtype: of activations and cache, bfloat16 or float16 on CUDA (default bfloat16: the official 7B's
+    activations outgrow float16), any of the three on the CPU (default float32).
+    low_memory: encoders are dropped before the decoder runs, and loaded again for the next media; None does
+    so where the GPU can't hold all graphs at once.
+    Raises EngineError where that device can't run it, InputError for an option that isn't one.
+    """
+    from ._torch_bundle import TorchBundleEngine
+
+    return TorchBundleEngine(bundle, threads=threads, device=device, dtype=dtype, low_memory=low_memory)

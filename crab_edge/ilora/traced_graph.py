@@ -18,7 +18,8 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from crab_edge.protobuf import field, fields
+from crab_edge.graph_file import Node, read_nodes
+from crab_edge.protobuf import field
 
 # Of onnx.proto: field numbers by message, and values of its enumerations.
 _MODEL_GRAPH = 7
@@ -51,45 +52,13 @@ def routes(model: bytes) -> list[Route]:
 
     ValueError where the file isn't a model or a route isn't one of ours.
     """
-    nodes = []
-    for number, graph in fields(memoryview(model)):
-        if number == _MODEL_GRAPH and isinstance(graph, memoryview):
-            nodes += [_Node(value) for number, value in fields(graph) if number == _GRAPH_NODE]
-    splits = {node.inputs[0]: node.outputs for node in nodes if node.type == "Split" and node.inputs}
-    return [_route(node, splits) for node in nodes if (node.domain, node.type) == (_CRAB, _ROUTE)]
+    nodes = read_nodes(model)
+    splits = {node.inputs[0]: node.outputs for node in nodes if node.kind == "Split" and node.inputs}
+    return [_route(node, splits) for node in nodes if (node.domain, node.kind) == (_CRAB, _ROUTE)]
 
 
-class _Node:
-    """What is read of a NodeProto."""
-
-    def __init__(self, message: int | memoryview) -> None:
-        texts: dict[int, list[str]] = {}
-        self._attributes: list[memoryview] = []
-        if isinstance(message, int):
-            raise ValueError("a node that is a number")
-        for number, value in fields(message):
-            if number == _NODE_ATTRIBUTE and isinstance(value, memoryview):
-                self._attributes.append(value)
-            elif isinstance(value, memoryview):
-                texts.setdefault(number, []).append(str(value, "utf-8"))
-        self.inputs, self.outputs = texts.get(_NODE_INPUT, []), texts.get(_NODE_OUTPUT, [])
-        self.name = "".join(texts.get(_NODE_NAME, []))
-        self.type = "".join(texts.get(_NODE_TYPE, []))
-        self.domain = "".join(texts.get(_NODE_DOMAIN, []))
-
-    def ints(self) -> dict[str, int]:
-        """The attributes that are integers."""
-        out = {}
-        for attribute in self._attributes:
-            parts = dict(fields(attribute))
-            name, value = parts.get(_ATTRIBUTE_NAME), parts.get(_ATTRIBUTE_INT)
-            if isinstance(name, memoryview) and isinstance(value, int):
-                out[str(name, "utf-8")] = value
-        return out
-
-
-def _route(node: _Node, splits: Mapping[str, Sequence[str]]) -> Route:
-    sizes = node.ints()
+def _route(node: Node, splits: Mapping[str, Sequence[str]]) -> Route:
+    sizes = node.ints
     missing = {"K", "rank", "experts", "groups", "bits"} - sizes.keys()
     if missing:
         raise ValueError(f"{node.name} lacks the attribute {min(missing)}")
