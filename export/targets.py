@@ -38,11 +38,11 @@ _KERNEL_BLOCKS = (16, 32, 64, 128, 256)
 class Target:
     """One kind of machine.
 
-    kind: the library that builds and runs the engine. sm: compute capabilities of the engine, major * 10 + minor.
-    min_tensorrt: the oldest release of that library. plugins: whether plugins compiled ahead of time exist there.
-    int4_route: who owns 4-bit products by default: a `DequantizeLinear` before a `MatMul`, which the library fuses,
-    or our plugin. blocks4, blocks8: widths of the blocks that the library's dequantising takes at 4 and 8 bits (none:
-    such weights go to the plugin).
+    kind: the library that builds and runs the engine. sm: the engine's compute capabilities, 10 * major +
+    minor. min_tensorrt: the oldest release of that library. plugins: whether plugins compiled ahead of time
+    exist there. int4_route: who owns 4-bit products by default: a `DequantizeLinear` before a `MatMul`, which
+    the library fuses, or our plugin. blocks4, blocks8: widths of the blocks that the library's dequantising
+    takes at 4 and 8 bits (none: such weights go to the plugin).
     """
 
     name: str
@@ -63,7 +63,7 @@ class Target:
     def route(self, bits: int, block: int, int4: Route | None = None) -> Route:
         """Who owns a product of `bits` in blocks of `block`.
 
-        At 4 bits it is what was asked for (`int4`), else the target's own way, else, where the library doesn't
+        At 4 bits it is what was asked for (`int4`), else the target's own way, or, where the library doesn't
         take the block, the plugin; at 8 bits the library if it takes the block.
         """
         if bits == 4 and int4 is not None:
@@ -106,8 +106,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         one.name: one
         for one in (
             _rtx("rtx", (86, 89, 120)),
-            # INT4 by DequantizeLinear hasn't been shown to work on Orin; an 8-bit one that Thor builds fails there
-            # (NVIDIA/TensorRT#4832).
+            # INT4 by DequantizeLinear hasn't been shown to work on Orin; an 8-bit one that Thor builds fails
+            # there (NVIDIA/TensorRT#4832).
             _tensorrt("jetson-orin", 87, "plugin", "a Jetson Orin with JetPack 7.2 or newer"),
             _tensorrt("jetson-thor", 110, "dequantize", "a Jetson Thor with JetPack 7.2 or newer"),
             *(
@@ -156,8 +156,8 @@ def check(
     """Raises one InputError that names everything about `recipe` that `target` can't take, and the command
     that makes a recipe it can.
 
-    compute, kv: types of activations and of the key/value cache. int4: who is to own 4-bit products (None: the
-    target's way). Encoder linears with partial blocks pass: the exporter fills them up with zeros.
+    compute, kv: types of activations and of the key/value cache. int4: who is to own 4-bit products (None:
+    the target's way). Encoder linears with partial blocks pass: the exporter fills them up with zeros.
     """
     problems = list(_problems(target, recipe, shape, compute, kv, int4))
     if not problems:
@@ -257,8 +257,8 @@ def _numbers(values: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes. engines: the weights of all engines together, as stored. build: memory at most while the largest is
-    built. run: memory of a process that has all engines loaded, with the key/value cache and activations.
+    """Bytes. engines: the weights of all engines together, as stored. build: memory at most while the
+    largest is built. run: memory of a process with all engines, the key/value cache and activations.
     """
 
     engines: int
@@ -292,8 +292,8 @@ def memory_estimate(
 ) -> Estimate:
     """What building and running the engines takes, by arithmetic.
 
-    cache: capacity of the key/value cache in tokens (Smax). prefill: the most tokens of one pass. workspace: bytes
-    that the builder may use for a layer. Scales and floats count 2 bytes where the bundle has 4.
+    cache: capacity of the key/value cache in tokens (Smax). prefill: the most tokens of one pass. workspace:
+    bytes that the builder may use for a layer. Scales and floats count 2 bytes where the bundle has 4.
     """
     entries = tensors(shape, recipe)
     sizes = {name: _stored(graph_bytes(entries[name])) for name in ("decoder", "vision", "audio")}

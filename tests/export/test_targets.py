@@ -33,7 +33,7 @@ def test_an_unknown_target_is_refused_with_the_names(name):
 
 
 def test_routes():
-    """The plugin has the 4-bit product on Orin, and elsewhere only where the library doesn't take the block."""
+    """The plugin has 4-bit products on Orin, and elsewhere where the library doesn't take the block."""
     orin, thor, rtx = target("jetson-orin"), target("jetson-thor"), target("rtx")
     assert orin.route(4, 128) == "plugin" and orin.route(4, 128, "dequantize") == "dequantize"
     assert thor.route(4, 128) == "dequantize" and thor.route(4, 32) == "plugin"
@@ -51,19 +51,19 @@ def test_the_default_recipe_suits_every_target(name, size):
 
 
 def test_refusals_name_what_is_wrong_and_the_way_out():
-    with pytest.raises(InputError, match="4-bit weights need sm_80, the target has sm_75.*--bits 8"):
+    with pytest.raises(InputError, match=r"4-bit weights need sm_80, the target has sm_75.*--bits 8"):
         check(target("cuda-sm75"), W4, SEVEN)
-    with pytest.raises(InputError, match="cache of type fp8 need sm_89, the target has sm_86.*choose fp16"):
+    with pytest.raises(InputError, match=r"cache of type fp8 need sm_89, the target has sm_86.*choose fp16"):
         check(target("rtx"), W4, SEVEN, kv="fp8")
     check(target("rtx-sm89"), W4, SEVEN, kv="fp8")
-    with pytest.raises(InputError, match="activations of type fp4: expected"):
+    with pytest.raises(InputError, match=r"activations of type fp4: expected"):
         check(target("rtx-sm120"), W4, SEVEN, compute="fp4")
-    with pytest.raises(InputError, match="blocks of 32: tensorrt takes 64, 128.*--int4 dequantize out"):
+    with pytest.raises(InputError, match=r"blocks of 32: tensorrt takes 64, 128.*--int4 dequantize out"):
         check(target("jetson-orin"), W4, SEVEN, int4="dequantize")
     check(target("jetson-orin"), WIDE, SEVEN, int4="dequantize")
-    with pytest.raises(InputError, match="no plugins"):
+    with pytest.raises(InputError, match=r"no plugins"):
         check(target("rtx"), W4, SEVEN, int4="plugin")
-    with pytest.raises(InputError, match="blocks of 256: tensorrt_rtx takes.*--block 128"):
+    with pytest.raises(InputError, match=r"blocks of 256: tensorrt_rtx takes.*--block 128"):
         check(target("rtx"), WeightRecipe(block=256, block8=128), SEVEN)
 
 
