@@ -20,8 +20,8 @@ from .tensorrt_source import attributes
 class PluginProducts(Products):
     """Gives to plugins what `target` wants there (`Target.route`), the rest to the library.
 
-    A product over `[W | planes of sB]`, which a bundle has as Concat and MatMulNBits, becomes one node that takes
-    x and z as they are. A base product with `ILoRAExperts` behind it stays two nodes.
+    A product over `[W | planes of sB]`, which a bundle has as Concat and MatMulNBits, becomes one node that
+    takes x and z as they are. A base product with `ILoRAExperts` behind it stays two nodes.
     """
 
     def __init__(self, target: Target, int4: Route | None = None) -> None:
