@@ -4,8 +4,8 @@
     engines/<target>/kernels/                      the plugins' kernels as PTX (`plugin_kernels`)
     engines/<target>/build.json                    what the builder needs beside the manifest
 
-On that machine `crab-edge build-engine BUNDLE --target T --out NEW` makes the same bundle with engines in place of
-the graphs. It needs crab-edge and the machine's TensorRT: no torch, no compiler, no onnx.
+On that machine `crab-edge build-engine BUNDLE --target T --out NEW` makes the same bundle with engines in
+place of the graphs. It needs crab-edge and the machine's TensorRT: no torch, no compiler, no onnx.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crab_edge.bundle import Bundle, BundleWriter
-from crab_edge.errors import BundleError, DependencyError, DeviceError, EngineError, InputError
+from crab_edge.errors import BundleError, DependencyError, DeviceError, InputError
 from crab_edge.ilora.plugin_kernels import Kernels
 from crab_edge.manifest import ENGINES, EngineGraph, EngineInfo
 
@@ -47,8 +47,9 @@ def build_command(name: str) -> str:
 def write(
     folder: Path, target: Target, plugins: dict[str, int], kernels: Kernels | None, workspace: int
 ) -> dict[str, str]:
-    """Writes what goes beside the graphs into `folder` (engines/<target>); the kernels' SHA-256 by name, as the
-    manifest's `plugins` has them.
+    """Writes what goes beside the graphs into `folder` (engines/<target>).
+
+    Returns the kernels' SHA-256 by name, as the manifest's `plugins` has them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     info = BuildInfo(target=target.name, workspace=workspace, plugins=plugins)
@@ -67,11 +68,11 @@ def build_engines(
     overwrite: bool = False,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Builds the engines of the target `name` (default: the only one that isn't built) and publishes the bundle
-    `out`: the old one's files, with engines in place of that target's graphs.
+    """Builds the engines of the target `name` (default: the only one that isn't built) and publishes `out`:
+    the bundle's files, with engines in place of that target's graphs.
 
-    Raises InputError for a target that isn't there or is built, DependencyError, DeviceError where this machine
-    lacks what it takes, EngineError when a build fails; then nothing is published.
+    Raises InputError for a target that isn't there or is built, DependencyError and DeviceError where this
+    machine lacks what it takes, EngineError when a build fails; then nothing is published.
     """
     opened = Bundle.open(bundle)
     name = _choose(opened, name)
@@ -120,15 +121,15 @@ def check_machine(where: Target, info: EngineInfo) -> None:
         )
     if numbers(found) < numbers(info.version):
         raise DependencyError(
-            f"target {where.name} needs {info.library} {info.version} or newer, found {found}; on a Jetson install "
-            "JetPack 7.2 (TensorRT 10.16), or run the bundle with --engine onnxruntime"
+            f"target {where.name} needs {info.library} {info.version} or newer, found {found}; on a Jetson "
+            "install JetPack 7.2 (TensorRT 10.16), or run the bundle with --engine onnxruntime"
         )
     gpu = next(iter(driver().gpus()), None)
     if gpu is None or gpu.sm not in info.sm:
         has = "no GPU" if gpu is None else f"{gpu.name} of sm_{gpu.sm}"
         raise DeviceError(
-            f"target {where.name} is built on {where.machine}, this one has {has}; run the command there, or export "
-            f"for this GPU with --target {f'cuda-sm{gpu.sm}' if gpu else 'rtx'}"
+            f"target {where.name} is built on {where.machine}, this one has {has}; run the command there, or "
+            f"export for this GPU with --target {f'cuda-sm{gpu.sm}' if gpu else 'rtx'}"
         )
 
 
@@ -139,8 +140,8 @@ def _choose(opened: Bundle, name: str | None) -> str:
         return waiting[0]
     if name is None or name not in engines:
         raise InputError(
-            f"{opened.path}: --target: choose one of {', '.join(waiting) or 'none: no engine waits to be built'}; "
-            "`crab-edge export --bundle BUNDLE --target T --out NEW` adds one"
+            f"{opened.path}: engines that wait to be built: {', '.join(waiting) or 'none'}; name one with "
+            "--target, or add one with `crab-edge export --bundle BUNDLE --target T --out NEW`"
         )
     if engines[name].built:
         raise InputError(

@@ -26,8 +26,8 @@ _LOG_LINES = 20
 
 @dataclass(frozen=True)
 class Job:
-    """source: the ONNX file; out: the engine's; graph: inputs and profiles; sm: capabilities; kernels: folder of
-    the plugins' kernels or None, plugins: how many layers of the network they are to be.
+    """source: the ONNX file; out: the engine's; graph: inputs and profiles; sm: capabilities; kernels: folder
+    of the plugins' kernels or None, plugins: how many layers of the network they are to be.
     """
 
     library: str
@@ -87,8 +87,8 @@ def build_apart(job: Job, timeout: float | None = None) -> str:
 def build(trt: ModuleType, job: Job) -> str:
     """Builds in this process and writes `job.out`; the library's version.
 
-    Raises BundleError for a file or kernels that TensorRT doesn't take, DependencyError for a TensorRT that is too
-    old, EngineError when the build fails; the message has the library's own words.
+    Raises BundleError for a file or kernels that TensorRT doesn't take, DependencyError for a TensorRT that is
+    too old, EngineError when the build fails; the message has the library's own words.
     """
     log = _log(trt)
     if job.kernels is not None:
@@ -131,13 +131,13 @@ def _network_flags(trt: ModuleType, job: Job) -> int:
 
 
 def _check_plugins(trt: ModuleType, network: Any, job: Job) -> None:
-    """Raises BundleError unless every plugin node became a plugin: its body would have been taken silently."""
+    """Raises BundleError unless all plugin nodes became plugins: a body would have been taken silently."""
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
     found = sum(kind == trt.LayerType.PLUGIN_V3 for kind in kinds)
     if found != job.plugins:
         raise BundleError(
-            f"{job.source}: {job.library} made plugins of {found} nodes, expected {job.plugins}; export the target "
-            "again with this version"
+            f"{job.source}: {job.library} made plugins of {found} nodes, expected {job.plugins}; export the "
+            "target again with this version"
         )
 
 
