@@ -87,8 +87,8 @@ def build_apart(job: Job, timeout: float | None = None) -> str:
 def build(trt: ModuleType, job: Job) -> str:
     """Builds in this process and writes `job.out`; the library's version.
 
-    Raises BundleError for a file or kernels that TensorRT doesn't take, DependencyError for a TensorRT that is
-    too old, EngineError when the build fails; the message has the library's own words.
+    Raises BundleError for a file or kernels that TensorRT doesn't take, DependencyError for a TensorRT that
+    is too old, EngineError when the build fails; the message has the library's own words.
     """
     log = _log(trt)
     if job.kernels is not None:

@@ -28,6 +28,8 @@ LOWEST_SM = MappingProxyType({"fp16": 75, "bf16": 80, "int8": 75, "int4": 80, "f
 AHEAD_OF_TIME = "10.9"
 """The first TensorRT whose Python-defined plugins lie compiled in the engine."""
 
+KERNEL_SMS = (86, 87, 89, 90, 110, 120)
+"""Capabilities that the plugins' kernels are made for."""
 _RTX_SMS = (75, 80, 86, 89, 120, 121)
 _CUDA_SMS = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 # What the low-bit kernels take: crab_edge.lowbit.BLOCKS.
@@ -193,6 +195,7 @@ def _problems(
             "leave --int4 out",
         )
     yield from _block_problems(target, recipe, bits, int4)
+    yield from _kernel_problems(target, recipe, bits, int4)
     yield from _seam_problems(shape, recipe)
 
 
@@ -211,6 +214,19 @@ def _block_problems(
             where = f"{width}-bit weights in blocks of {block}: {owner} takes {_numbers(taken) or 'none'}"
             plugin = ", or leave --int4 dequantize out" if width == 4 and int4 == "dequantize" else ""
             yield where, f"export the bundle with --block {taken[-1] if taken else 128}{plugin}"
+
+
+def _kernel_problems(
+    target: Target, recipe: WeightRecipe, bits: list[int], int4: Route | None
+) -> Iterator[tuple[str, str]]:
+    owned = [width for width in bits if target.route(width, recipe.block_of(width), int4) == "plugin"]
+    missing = sorted(set(target.sm) - set(KERNEL_SMS))
+    if owned and missing and target.plugins:
+        yield (
+            f"{owned[0]}-bit weights go to the plugin, which has no kernel for sm_{missing[0]}, only for "
+            f"{_numbers(KERNEL_SMS)}",
+            "run the bundle with --engine onnxruntime",
+        )
 
 
 def _seam_problems(shape: ModelShape, recipe: WeightRecipe) -> Iterator[tuple[str, str]]:

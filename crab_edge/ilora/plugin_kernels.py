@@ -22,7 +22,6 @@ from crab_edge.errors import BundleError
 from .ptx import entry
 
 FILE = "kernels.json"
-ROWS = "rows"
 TACTICS = {"decode": 1, "prefill": 2}
 """Kernels of one product by the number that TensorRT knows them by. Each is right for any number of rows."""
 DType = Literal["float16", "bfloat16", "float32", "int8"]
@@ -50,7 +49,7 @@ class Launch(_Strict):
     ]
     threads: int = Field(gt=0, le=1024, multiple_of=32)
     shared: int = Field(ge=0, le=MAX_SHARED)
-    arguments: tuple[int | Literal["rows"], ...] = (ROWS,)
+    arguments: tuple[int | Literal["rows"], ...] = ("rows",)
 
     def blocks(self, rows: int) -> tuple[int, int, int]:
         """The grid for `rows` rows."""
@@ -59,7 +58,7 @@ class Launch(_Strict):
 
     def scalars(self, rows: int) -> tuple[int, ...]:
         """The int32 arguments for `rows` rows."""
-        return tuple(rows if one == ROWS else one for one in self.arguments)
+        return tuple(one if isinstance(one, int) else rows for one in self.arguments)
 
 
 class KernelSet(_Strict):

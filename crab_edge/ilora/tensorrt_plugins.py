@@ -35,7 +35,7 @@ from weakref import WeakKeyDictionary
 
 from crab_edge.errors import BundleError, DependencyError
 
-from .plugin_kernels import ROWS, TACTICS, Kernels, KernelSet, Launch
+from .plugin_kernels import TACTICS, Kernels, KernelSet, Launch
 
 NAMESPACE = "crab"
 ATTRIBUTE = "kernel"
@@ -104,16 +104,15 @@ def register(kernels: Kernels, trt: ModuleType) -> None:
 def _define(name: str, inputs: tuple[str, ...], plugin: Any) -> None:
     """Hands the three functions of one operator to TensorRT, with the signatures that it checks."""
     identity = f"{NAMESPACE}::{name}"
-    desc = plugin.TensorDesc
-    tensors = [_positional(one, desc) for one in inputs]
+    tensors = [_positional(one, plugin.TensorDesc) for one in inputs]
     attribute = _positional(ATTRIBUTE, str)
-    outputs = _positional("outputs", tuple[desc])
+    outputs = _positional("outputs", tuple[plugin.TensorDesc])
     tactic = _positional("tactic", int)
     offers = list[plugin.AutoTuneCombination]
     result = tuple[str | bytes, str | bytes, plugin.KernelLaunchParams, plugin.SymIntExprs]
     count = len(inputs)
     # TensorRT checks its functions' signatures by their annotations; one body serves all operators.
-    plugin.register(identity)(_signed(_describe(plugin), [*tensors, attribute], desc))
+    plugin.register(identity)(_signed(_describe(plugin), [*tensors, attribute], plugin.TensorDesc))
     plugin.autotune(identity)(_signed(_offer(count, plugin), [*tensors, attribute, outputs], offers))
     plugin.aot_impl(identity)(
         _signed(_compiled(count, plugin), [*tensors, attribute, outputs, tactic], result)
@@ -174,7 +173,7 @@ def _compiled(inputs: int, plugin: Any) -> Callable[..., Any]:
         rows = row_count(arguments[0].shape_expr)
         scalars = plugin.SymIntExprs(len(launch.arguments))
         for index, value in enumerate(launch.arguments):
-            scalars[index] = plugin.SymInt32(rows if value == ROWS else value)
+            scalars[index] = plugin.SymInt32(value if isinstance(value, int) else rows)
         ptx = _active[plugin].ptx[found.name, name]
         return launch.entry, ptx, launch_parameters(launch, rows, plugin), scalars
 
