@@ -103,6 +103,8 @@ def build(trt: ModuleType, job: Job) -> str:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # What is float32 in a graph is so for its precision.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if hasattr(trt, "ComputeCapability"):
         config.num_compute_capabilities = len(job.sm)
         for index, sm in enumerate(job.sm):

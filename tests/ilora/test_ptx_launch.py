@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from crab_edge_calibration import quantize_rtn
+from crab_edge_export.plugin_compile import compile_products
+from crab_edge_export.plugin_nodes import Product
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -12,10 +15,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("tactic", ["decode", "prefill"])
 @pytest.mark.parametrize("rows", [1, 7, 9, 130])
 def test_engine_launches_agree_with_the_reference(tactic, rows, tmp_path):
-    from crab_edge_calibration import quantize_rtn
-    from crab_edge_export.plugin_compile import compile_products
-    from crab_edge_export.plugin_nodes import Product
-
     from crab_edge.engines._cuda import Device, driver
     from crab_edge.ilora import plugin_kernels, torch_ops
     from crab_edge.ilora.ptx_launch import Kernel
