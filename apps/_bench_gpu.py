@@ -1,4 +1,4 @@
-"""`crab-edge bench --gpu`: the official formula, compiled and not, the project's kernels, and what they reach.
+"""`crab-edge bench --gpu`: the official formula, eager and compiled, against the torch engine's kernels.
 
 Every contender is compared with a float32 reference before it is timed, on the very calls that are timed: one
 that is wrong is reported as wrong and gets no time. All contenders of a shape stay in memory and take turns.
@@ -72,7 +72,7 @@ def command(
     check: bool = False,
     plot: Path | None = None,
 ) -> None:
-    """Runs and prints it. CheckError when `check` and a bar is missed; CrabError when a contender was wrong."""
+    """Runs and prints it. CheckError when `check` and a bar is missed; CrabError for a wrong contender."""
     from rich.console import Console
     from rich.progress import Progress as Bar
 
@@ -80,6 +80,12 @@ def command(
     if unknown:
         raise InputError(f"--shape {unknown[0]}: with --gpu expected one of {', '.join(KNOWN)}")
     card = open_card(device)
+    from crab_edge_apps._bench_gpu_weights import random_model
+
+    # Refused before anything is made.
+    for name in names:
+        for form in settings.forms:
+            random_model(KNOWN[name], form, card.device, block=settings.block)
     with Bar(transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("starting")
         result = measure(
@@ -95,7 +101,11 @@ def command(
         judging.show(result)
     if plot is not None:
         judging.plot(result, plot)
-    wrong = [f"{shape['shape']}: {name}: {why}" for shape in result["shapes"] for name, why in shape["wrong"].items()]
+    wrong = [
+        f"{shape['shape']}: {name}: {why}"
+        for shape in result["shapes"]
+        for name, why in shape["wrong"].items()
+    ]
     if wrong:
         raise CrabError(f"bench --gpu: {'; '.join(wrong)}")
     missed = [bar for shape in result["shapes"] for bar in shape["bars"] if bar["met"] is False]
@@ -138,14 +148,16 @@ def _shape(
     progress: Progress,
 ) -> dict[str, Any]:
     import torch
-    from crab_edge_apps._bench_gpu_contenders import Field, contenders, entries
+    from crab_edge_apps._bench_gpu_contenders import Field, contenders, entries, release
     from crab_edge_apps._bench_gpu_parts import Inputs
     from crab_edge_apps._bench_gpu_weights import random_model
 
     # What was compiled for the shape before counts against the compiler's limit on variants.
     torch.compiler.reset()
+    release(card)
     models = [
-        random_model(shape, form, card.device, block=settings.block, seed=settings.seed) for form in settings.forms
+        random_model(shape, form, card.device, block=settings.block, seed=settings.seed)
+        for form in settings.forms
     ]
     bare = random_model(shape, None, card.device, block=models[0].recipe.block, seed=settings.seed)
     inputs = Inputs(bare, torch.bfloat16, settings.context, settings.prefill)

@@ -102,7 +102,12 @@ def bars(rows: Sequence[Mapping[str, Any]], form: str, shape: str) -> list[dict[
     for other, limit in ((OFFICIAL_EAGER, OVER_EAGER), (OFFICIAL_GRAPH, OVER_COMPILED)):
         rival = named.get(("decode", other))
         both = step is not None and rival is not None
-        add(f"speed against {other}", "decode", ratios(rival["rounds"], step["rounds"]) if both else None, limit)  # type: ignore[index]
+        add(
+            f"speed against {other}",
+            "decode",
+            ratios(rival["rounds"], step["rounds"]) if both else None,
+            limit,
+        )  # type: ignore[index]
     for part in ("gate_up", "down"):
         product = named.get((f"{part} product", mine))
         shares = None
@@ -129,7 +134,9 @@ def described(bar: Mapping[str, Any]) -> str:
     if bar["value"] is not None:
         low, high = bar["spread"]
         value = f"{bar['value']:.3f} ({low:.3f} to {high:.3f})"
-    verdict = f"bar {sign} {bar['limit']:g}: {'met' if bar['met'] else 'MISSED'}" if bar["limit"] else "no bar"
+    verdict = (
+        f"bar {sign} {bar['limit']:g}: {'met' if bar['met'] else 'MISSED'}" if bar["limit"] else "no bar"
+    )
     return f"{bar['part']}, {bar['bar']}: {value}, {verdict}"
 
 
@@ -151,10 +158,21 @@ def show(result: Mapping[str, Any]) -> None:
     )
     for shape in result["shapes"]:
         table = Table(
-            title=f"{shape['shape']}{warning}: 4 bits, block {shape['block']}, prefill {result['prefill']}, decode "
-            f"at {result['context']}; medians of {result['rounds']} interleaved rounds"
+            title=f"{shape['shape']}{warning}: 4 bits, block {shape['block']}, prefill {result['prefill']}, "
+            f"decode at {result['context']}; medians of {result['rounds']} interleaved rounds"
         )
-        for column in ("", "", "us", "spread", "MB", "GB/s", "of copy", "time / base", "bytes / base", "error"):
+        for column in (
+            "",
+            "",
+            "us",
+            "spread",
+            "MB",
+            "GB/s",
+            "of copy",
+            "time / base",
+            "bytes / base",
+            "error",
+        ):
             table.add_column(column, justify="right" if column else "left")
         last = ""
         for entry in shape["rows"]:
@@ -206,7 +224,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         width = 0.8 / len(contenders)
         for i, contender in enumerate(contenders):
             shares = {entry["part"]: entry["copy_share"] for entry in rows if entry["contender"] == contender}
-            at = [j + width * (i - (len(contenders) - 1) / 2) for j, part in enumerate(parts) if part in shares]
+            at = [
+                j + width * (i - (len(contenders) - 1) / 2) for j, part in enumerate(parts) if part in shares
+            ]
             axes.bar(at, list(shares.values()), width, label=contender)
         axes.set_xticks(range(len(parts)), parts)
         axes.set_ylabel("bytes per second / copy's")

@@ -18,7 +18,14 @@ PACKAGES = ("torch", "triton", "tensorrt-rtx-cu13", "tensorrt", "onnxruntime-gpu
 # A copy of this size is far beyond any last-level cache; it counts twice, once read and once written.
 COPY_BYTES = 1 << 30
 _DRY_COPY_BYTES = 1 << 22
-_NVIDIA_SMI = ("driver_version", "pstate", "power.limit", "clocks.max.sm", "clocks.max.mem", "temperature.gpu")
+_NVIDIA_SMI = (
+    "driver_version",
+    "pstate",
+    "power.limit",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "temperature.gpu",
+)
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,15 @@ def open_card(device: str = "cuda") -> Card:
     if kind == "cpu":
         from crab_edge.memory import total_bytes
 
-        return Card(torch.device("cpu"), platform.processor() or platform.machine(), None, total_bytes() or 0, 0)
+        return Card(
+            torch.device("cpu"), platform.processor() or platform.machine(), None, total_bytes() or 0, 0
+        )
     _need_cuda(torch)
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if index and int(index) >= len(names):
-        raise InputError(f"--device {device}: this machine has {len(names)} (cuda:0 to cuda:{len(names) - 1})")
+        raise InputError(
+            f"--device {device}: this machine has {len(names)} (cuda:0 to cuda:{len(names) - 1})"
+        )
     if not index and len(set(names)) > 1:
         listed = ", ".join(f"cuda:{i} {name}" for i, name in enumerate(names))
         raise InputError(f"--device cuda could mean cards of different kinds ({listed}); name one of them")
@@ -97,8 +108,8 @@ def open_card(device: str = "cuda") -> Card:
 def _need_cuda(torch: Any) -> None:
     if torch.version.cuda is None:
         raise InputError(
-            f"bench --gpu needs an NVIDIA GPU and a torch built for it, but torch {torch.__version__} has no CUDA; "
-            f'install one that has (pip install "crab-edge[cuda]" on a machine with a GPU), {DRY_RUN}'
+            f"bench --gpu needs an NVIDIA GPU and a torch built for it, but torch {torch.__version__} has no "
+            f'CUDA; install one that has (pip install "crab-edge[cuda]" on a machine with a GPU), {DRY_RUN}'
         )
     if torch.cuda.is_available():
         return
@@ -108,8 +119,8 @@ def _need_cuda(torch: Any) -> None:
     except Exception as error:
         why = str(error).splitlines()[0].strip().rstrip(".") or type(error).__name__
     raise InputError(
-        f"bench --gpu needs an NVIDIA GPU, and torch {torch.__version__} can use none: {why}; check the driver with "
-        f"`nvidia-smi` (a Jetson: `nvpmodel -q`), {DRY_RUN}"
+        f"bench --gpu needs an NVIDIA GPU, and torch {torch.__version__} can use none: {why}; check the "
+        f"driver with `nvidia-smi` (a Jetson: `nvpmodel -q`), {DRY_RUN}"
     )
 
 

@@ -65,6 +65,9 @@ class Field:
     skipped: dict[str, str]
     wrong: dict[str, str]
 
+    def __post_init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle() if self.card.real else None
+
 
 def contenders(models: Sequence[RandomModel], bare: RandomModel, field: Field) -> list[Contender]:
     """Decoders that fit into memory, the ones that the bars need first.
@@ -104,7 +107,7 @@ def contenders(models: Sequence[RandomModel], bare: RandomModel, field: Field) -
             made.append(Contender(build(model), model, eager, graph))
         except torch.OutOfMemoryError:
             field.skipped[graph] = f"ran out of memory at {size / 1e9:.1f} GB of weights"
-            _release(field.card)
+            release(field.card)
     held = next((one.decoder for one in made if one.engine and one.model is first), None)
     if held is not None:
         # The engine's weights between the official decoder's other parts, compiled like them.
@@ -151,18 +154,19 @@ def entries(found: Sequence[Contender], field: Field) -> list[Entry]:
 def _entry(name: str, part: Part, model: RandomModel, graph: bool, field: Field) -> Entry | None:
     label = f"{name}, {part.name}"
     try:
-        run = timing.graphed(part.run, field.card) if graph else part.run
+        run = timing.graphed(part.run, field.card, field.pool) if graph else part.run
         # Twice: what a first call leaves behind mustn't change the second one's answer.
         run()
         outputs = [y.float() for y in run()]
         error = worst(outputs, field.inputs.answers(model, part.name, part.expected))
     except torch.OutOfMemoryError:
         field.skipped[label] = "ran out of memory"
-        _release(field.card)
+        release(field.card)
         return None
     if error > part.tolerance:
         field.wrong[label] = (
-            f"relative error {error:.2g} against the float32 reference, at most {part.tolerance:g} is rounding"
+            f"relative error {error:.2g} against the float32 reference, "
+            f"at most {part.tolerance:g} is rounding"
         )
         return None
     return Entry(part, timing.Timed(name, run), error)
@@ -175,7 +179,8 @@ def worst(outputs: Outputs, expected: Outputs) -> float:
     return max(relative_error(y, right) for y, right in zip(outputs, expected, strict=True))
 
 
-def _release(card: Card) -> None:
+def release(card: Card) -> None:
+    """Gives back the memory of what nobody refers to any more."""
     gc.collect()
     if card.real:
         torch.cuda.empty_cache()

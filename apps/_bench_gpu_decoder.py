@@ -49,7 +49,7 @@ class Layer(nn.Module):
         self.between = Norm(shape.hidden, dtype, model.device)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, past: int) -> Tensor:
-        """cos, sin [T, head_dim]; keys, values [kv_heads, slots, head_dim] hold `past` tokens and get T more."""
+        """cos, sin [T, head_dim]; keys, values [kv_heads, slots, head_dim] hold `past` tokens, get T more."""
         tokens = x.shape[0]
         q, k, v = self.groups["qkv"](self.before(x))
         q = _rotate(q.view(tokens, self.heads, self.head_dim).transpose(0, 1), cos, sin)
@@ -75,7 +75,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """All layers, a cache of `slots` random tokens, the last norm and heads.
 
-    make: (layer, group) -> the group's linears; head: rows (None: the vocabulary) -> [1, hidden] -> [1, rows].
+    make: (layer, group) -> the group's linears; head: rows (None: the vocabulary) -> the head.
     """
 
     def __init__(
@@ -85,7 +85,8 @@ class Decoder(nn.Module):
         shape = model.shape
         self.model = model
         self.layers = nn.ModuleList(
-            Layer(model, {group: make(layer, group) for group in GROUPS}, dtype) for layer in range(shape.layers)
+            Layer(model, {group: make(layer, group) for group in GROUPS}, dtype)
+            for layer in range(shape.layers)
         )
         self.norm = Norm(shape.hidden, dtype, model.device)
         self.heads = {rows: head(rows) for rows in (None, SMALL_HEAD)}
@@ -102,7 +103,7 @@ class Decoder(nn.Module):
         self._group = {False: _group, True: torch.compile(_group, **how)}
 
     def forward(self, x: Tensor, past: int, rows: int | None = None, compiled: bool = False) -> Tensor:
-        """x [T, hidden] behind the cache's first `past` tokens -> logits [1, vocab, or rows] of the last one."""
+        """x [T, hidden] behind the cache's first `past` tokens -> the last one's logits [1, vocab or rows]."""
         cos, sin = self._cos[past : past + len(x)], self._sin[past : past + len(x)]
         for layer, (keys, values) in zip(self.layers, self._cache if past else self._empty, strict=True):
             x = self._layer[compiled](layer, x, cos, sin, keys, values, past)

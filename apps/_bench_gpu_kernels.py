@@ -75,9 +75,7 @@ def join(*parts: Stored) -> Stored:
 def engine_group(model: RandomModel, weights: GroupWeights, dtype: torch.dtype) -> Group:
     """Linears of one input as the engine has them."""
     width = model.rank * model.n_experts
-    linears = tuple(
-        _linear(model, linear, i * width, dtype) for i, linear in enumerate(weights.linears)
-    )
+    linears = tuple(_linear(model, linear, i * width, dtype) for i, linear in enumerate(weights.linears))
     if weights.route is None:
         return Group(linears, None, ())
     # The stack that lies in the file is for traces of the router: none is taken here.
@@ -92,7 +90,9 @@ def _linear(model: RandomModel, weights: LinearWeights, begin: int, dtype: torch
     if model.experts is None:
         return Linear(low_bit(weights.base, bias))
     if model.experts in PLANES:
-        return Linear(low_bit(join(weights.base, *weights.planes), bias), len(weights.planes), None, begin, end)
+        return Linear(
+            low_bit(join(weights.base, *weights.planes), bias), len(weights.planes), None, begin, end
+        )
     return Linear(low_bit(weights.base, bias), 0, low_bit(weights.planes[0]), begin, end)
 
 
@@ -159,7 +159,7 @@ class EngineDecoder:
         self.decoder(None)
 
     def decoder(self, head_rows: int | None) -> Decoder:
-        """The decoder with a head of that many rows (None: the vocabulary); its layers are always the same."""
+        """The decoder with a head of that many rows (None: the vocabulary); its layers are the same."""
         if head_rows not in self._decoders:
             self._reader.head_rows = head_rows
             sizes: Any = SimpleNamespace(layers=self.model.shape.layers, head_dim=self.model.shape.head_dim)
@@ -224,7 +224,9 @@ class KernelGroup(nn.Module):
         super().__init__()
         self.linears = nn.ModuleList(_Product(linear) for linear in group.linears)
         self.router = None if group.route is None else _Operand(group.route.operand)
-        self.sizes = () if group.route is None else (group.route.rank, group.route.experts, group.route.groups)
+        self.sizes = (
+            () if group.route is None else (group.route.rank, group.route.experts, group.route.groups)
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x [M, K] -> one [M, N] for each linear."""
@@ -300,9 +302,7 @@ def _rotary_table(depth: int, device: torch.device) -> Tensor:
     half = depth // 2
     frequencies = _THETA ** -(torch.arange(half, dtype=torch.float64, device=device) / half)
     sections = (half // 4, half * 3 // 8, half - half // 4 - half * 3 // 8)
-    axis = torch.repeat_interleave(
-        torch.arange(3, device=device), torch.tensor(sections, device=device)
-    )
+    axis = torch.repeat_interleave(torch.arange(3, device=device), torch.tensor(sections, device=device))
     table = torch.zeros(3, half, device=device)
     table[axis, torch.arange(half, device=device)] = frequencies.float()
     return table

@@ -1,7 +1,7 @@
 """The released code's I-LoRA in torch, for `bench --gpu`, and the float32 reference of every contender.
 
-Source: Crab+ reference (`peft_hyper/tuners/lora.py`): y = W x + b, then y += (g_i * B_i h) * s for i = 0, 1, 2,
-with the softmax of the router in float32 and everything else in the weights' dtype.
+Source: Crab+ reference (`peft_hyper/tuners/lora.py`): y = W x + b, then y += (g_i * B_i h) * s for i = 0, 1,
+2, with the softmax of the router in float32 and everything else in the weights' dtype.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class OfficialLinear(nn.Module):
 class OfficialGroup(nn.Module):
     """Linears of one input, each with a router of its own, as the released code has them."""
 
-    def __init__(self, model: RandomModel, weights: GroupWeights, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, model: RandomModel, weights: GroupWeights, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         """Float weights: dequantised from the store, rounded once to `dtype`."""
         super().__init__()
         rank, experts = model.rank, model.n_experts

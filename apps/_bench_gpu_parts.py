@@ -1,5 +1,5 @@
-"""What `bench --gpu` times of a decoder: groups of linears, products, routes, layers, the whole; and what each
-must compute.
+"""What `bench --gpu` times of a decoder (groups of linears, products, routes, layers, the whole), and what
+each of them must compute.
 
 A part is timed over all layers in turn and divided by their number: every layer has its own bytes, so nothing
 is read from the cache that a real step would read from memory.

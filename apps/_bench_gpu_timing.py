@@ -1,12 +1,13 @@
 """Timing on a GPU: events around each call, CUDA graphs, contenders that take turns.
 
 Every contender is a function without arguments that launches its work and reads nothing back. What it reads
-must be larger than the card's L2, or the figures are the cache's: `_bench_gpu_products` and
-`_bench_gpu_decoder` see to that by giving every layer its own bytes.
+must be larger than the card's L2, or the figures are the cache's: `_bench_gpu_parts` sees to that by passing
+all layers, each with its own bytes.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -40,10 +41,11 @@ class Timed:
         return statistics.median(self.seconds)
 
 
-def graphed(run: Run, card: Card) -> Run:
+def graphed(run: Run, card: Card, pool: Any = None) -> Run:
     """`run` recorded into a CUDA graph: calling the result replays it. On the CPU, `run` itself.
 
-    `run` must be capturable: fixed shapes, fixed addresses, nothing read back to the host.
+    `run` must be capturable: fixed shapes, fixed addresses, nothing read back to the host. Graphs of one `pool`
+    share their scratch memory: outputs hold until another one is replayed.
     """
     if not card.real:
         return run
@@ -57,7 +59,7 @@ def graphed(run: Run, card: Card) -> Run:
     torch.cuda.current_stream(card.device).wait_stream(stream)
     card.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         kept = run()
 
     def replay() -> Any:
@@ -85,7 +87,7 @@ def seconds_per_call(run: Run, calls: int, card: Card) -> list[float]:
         run()
         mark.record()
     card.synchronize()
-    return [first.elapsed_time(then) / 1e3 for first, then in zip(marks, marks[1:], strict=False)]
+    return [first.elapsed_time(then) / 1e3 for first, then in itertools.pairwise(marks)]
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""Random decoder weights for `bench --gpu`: drawn on the device from a seed, every layer with bytes of its own.
+"""Random decoder weights for `bench --gpu`: drawn on the device from a seed, every layer with its own bytes.
 
 All contenders of one form compute the same function: the official formula's bf16 weights are the low-bit
 ones, dequantised. The layout is that of `crab_edge.lowbit`, with torch tensors on the device.
@@ -159,7 +159,9 @@ class RandomModel:
                 bits = low.adapter_bits
             planes = tuple(
                 # A second plane holds what the first one rounded off.
-                self._draw(f"{path}.{self.experts}.{i}", n, inner, bits, low.block_of(bits), 2.0 ** (-bits * i))
+                self._draw(
+                    f"{path}.{self.experts}.{i}", n, inner, bits, low.block_of(bits), 2.0 ** (-bits * i)
+                )
                 for i in range(PLANES.get(self.experts, 1))
             )
         return LinearWeights(self._draw(path, n, k, low.bits, low.block), bias, planes)
@@ -177,7 +179,9 @@ class RandomModel:
         )
         # Codes are uniform with a deviation of 2^bits / sqrt(12): outputs stay near 1.
         scale = size * math.sqrt(12.0 / k) / 2**bits
-        scales = torch.rand(n, blocks, device=self.device, generator=generator).mul_(0.2).add_(0.9).mul_(scale)
+        scales = (
+            torch.rand(n, blocks, device=self.device, generator=generator).mul_(0.2).add_(0.9).mul_(scale)
+        )
         if k % block:
             _clear_padding(q, k, bits, block)
         return Stored(q, scales, bits, block, (n, k))

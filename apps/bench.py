@@ -109,7 +109,9 @@ def command(
             raise InputError("bench --gpu times random decoders of a shape: leave the bundle out")
         chosen = {"forms": tuple(experts or ()), "block": block, "context": context, "prefill": prefill}
         settings_ = _bench_gpu.settings(device, rounds, **chosen)
-        _bench_gpu.command(shape or ["7b", "3b", "nano"], settings_, device, as_json=as_json, check=check, plot=plot)
+        _bench_gpu.command(
+            shape or ["7b", "3b", "nano"], settings_, device, as_json=as_json, check=check, plot=plot
+        )
         return
     if plot is not None or device != "cuda":
         raise InputError(f"{'--plot' if plot is not None else '--device'} goes with --gpu")

@@ -130,9 +130,13 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
         return dataclasses.replace(made, scales=made.scales * 1.5) if stored.bits == 8 else made
 
     monkeypatch.setattr(_bench_gpu_kernels, "low_bit", wrong)
+    # Tracing is the other tests' matter.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setitem(_bench_gpu.KNOWN, "nano", SMALL)
     settings = dataclasses.replace(SETTINGS, forms=("residual4x2",))
-    with pytest.raises(CrabError, match="residual4x2, torch engine, CUDA graph, down route: relative error 0"):
+    with pytest.raises(
+        CrabError, match="residual4x2, torch engine, CUDA graph, down route: relative error 0"
+    ):
         _bench_gpu.command(["nano"], settings, "cpu", as_json=True)
     (shape,) = json.loads(capsys.readouterr().out)["shapes"]
     timed = {(row["part"], row["contender"]) for row in shape["rows"]}
