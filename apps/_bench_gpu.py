@@ -68,13 +68,20 @@ def command(
     settings: Settings,
     device: str,
     *,
+    bundle: Path | None = None,
     as_json: bool = False,
     check: bool = False,
     plot: Path | None = None,
 ) -> None:
-    """Runs and prints it. CheckError when `check` and a bar is missed; CrabError for a wrong contender."""
+    """Runs and prints it: random decoders of the shapes `names`, and all engines on `bundle`.
+
+    CheckError when `check` and a bar is missed; CrabError for a wrong contender.
+    """
+    from crab_edge_apps import _bench_gpu_engines
     from rich.console import Console
     from rich.progress import Progress as Bar
+
+    from crab_edge.bundle import Bundle
 
     unknown = [name for name in names if name not in KNOWN]
     if unknown:
@@ -86,19 +93,23 @@ def command(
     for name in names:
         for form in settings.forms:
             random_model(KNOWN[name], form, card.device, block=settings.block)
+    opened = None if bundle is None else Bundle.open(bundle)
     with Bar(transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("starting")
-        result = measure(
-            [KNOWN[name] for name in names],
-            list(names),
-            settings,
-            card,
-            lambda doing, done, of: bar.update(task, description=doing, completed=done, total=of),
-        )
+
+        def progress(doing: str, done: int, of: int) -> None:
+            bar.update(task, description=doing, completed=done, total=of)
+
+        result = measure([KNOWN[name] for name in names], list(names), settings, card, progress)
+        if opened is not None:
+            sizes = {key: getattr(settings, key) for key in ("rounds", "context", "prefill")}
+            result["engines"] = _bench_gpu_engines.measure(opened, card, **sizes, progress=progress)
     if as_json:
         print(json.dumps(result))
     else:
         judging.show(result)
+        if opened is not None:
+            _bench_gpu_engines.show(result["engines"])
     if plot is not None:
         judging.plot(result, plot)
     wrong = [
@@ -106,6 +117,7 @@ def command(
         for shape in result["shapes"]
         for name, why in shape["wrong"].items()
     ]
+    wrong += [f"engine {name}: {why}" for name, why in result.get("engines", {}).get("wrong", {}).items()]
     if wrong:
         raise CrabError(f"bench --gpu: {'; '.join(wrong)}")
     missed = [bar for shape in result["shapes"] for bar in shape["bars"] if bar["met"] is False]
@@ -123,19 +135,19 @@ def measure(
     """All shapes, one after the other, as plain JSON values: `card`, `shapes` with `rows`, `skipped`, `wrong`
     and `bars`, and the copy's bandwidth over all rounds of all shapes.
     """
-    copier = Copier(card)
-    copies: list[float] = []
-    found = [
-        _shape(shape, name, settings, card, copier, copies, progress)
-        for shape, name in zip(shapes, names, strict=True)
-    ]
-    return {
+    result = {
         "card": facts(card),
         **{key: value for key, value in asdict(settings).items() if key not in ("forms", "block")},
-        "copy_gigabytes_per_s": max(copies) / 1e9,
-        "copy_gigabytes_per_s_spread": [min(copies) / 1e9, max(copies) / 1e9],
-        "shapes": found,
+        "shapes": [],
     }
+    if shapes:
+        copier = Copier(card)
+        copies: list[float] = []
+        for shape, name in zip(shapes, names, strict=True):
+            result["shapes"].append(_shape(shape, name, settings, card, copier, copies, progress))
+        result["copy_gigabytes_per_s"] = max(copies) / 1e9
+        result["copy_gigabytes_per_s_spread"] = [min(copies) / 1e9, max(copies) / 1e9]
+    return result
 
 
 def _shape(

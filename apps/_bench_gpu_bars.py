@@ -150,10 +150,13 @@ def show(result: Mapping[str, Any]) -> None:
         console = Console(highlight=False, width=150)
     card = result["card"]
     warning = "" if card["real"] else " (cpu, figures mean nothing)"
-    low, high = result["copy_gigabytes_per_s_spread"]
+    copied = ""
+    if "copy_gigabytes_per_s" in result:
+        low, high = result["copy_gigabytes_per_s_spread"]
+        copied = f"copy {high:.0f} GB/s (slowest round {low:.0f}); "
     console.print(
         f"{card['name']}{warning}, compute capability {card.get('compute_capability', 'none')}, driver "
-        f"{card.get('driver_version', 'unread')}; copy {high:.0f} GB/s (slowest round {low:.0f}); "
+        f"{card.get('driver_version', 'unread')}; {copied}"
         + ", ".join(f"{name} {version}" for name, version in card["versions"].items() if version)
     )
     for shape in result["shapes"]:

@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         self._group = {False: _group, True: torch.compile(_group, **how)}
 
     def forward(self, x: Tensor, past: int, rows: int | None = None, compiled: bool = False) -> Tensor:
-        """x [T, hidden] behind the cache's first `past` tokens -> the last one's logits [1, vocab or rows]."""
+        """x [T, hidden] behind the cache's first `past` tokens -> the last one's logits, of `rows` or all."""
         cos, sin = self._cos[past : past + len(x)], self._sin[past : past + len(x)]
         for layer, (keys, values) in zip(self.layers, self._cache if past else self._empty, strict=True):
             x = self._layer[compiled](layer, x, cos, sin, keys, values, past)

@@ -44,8 +44,8 @@ class Timed:
 def graphed(run: Run, card: Card, pool: Any = None) -> Run:
     """`run` recorded into a CUDA graph: calling the result replays it. On the CPU, `run` itself.
 
-    `run` must be capturable: fixed shapes, fixed addresses, nothing read back to the host. Graphs of one `pool`
-    share their scratch memory: outputs hold until another one is replayed.
+    `run` must be capturable: fixed shapes, fixed addresses, nothing read back to the host. Graphs of one
+    `pool` share their scratch memory: outputs hold until another one is replayed.
     """
     if not card.real:
         return run

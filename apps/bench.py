@@ -19,7 +19,8 @@ def command(
         Path | None,
         typer.Argument(
             metavar="[BUNDLE]",
-            help="Compare this bundle's decoder, and random ones of its shape and recipe.",
+            help="Compare this bundle's decoder, and random ones of its shape and recipe. With --gpu: this "
+            "bundle through every engine that runs on the GPU.",
         ),
     ] = None,
     shape: Annotated[
@@ -105,13 +106,12 @@ def command(
     if gpu:
         from crab_edge_apps import _bench_gpu
 
-        if target is not None:
-            raise InputError("bench --gpu times random decoders of a shape: leave the bundle out")
+        if plot is not None and target is not None and not shape:
+            raise InputError("--plot draws random decoders: add --shape")
         chosen = {"forms": tuple(experts or ()), "block": block, "context": context, "prefill": prefill}
         settings_ = _bench_gpu.settings(device, rounds, **chosen)
-        _bench_gpu.command(
-            shape or ["7b", "3b", "nano"], settings_, device, as_json=as_json, check=check, plot=plot
-        )
+        names = shape or ([] if target else ["7b", "3b", "nano"])
+        _bench_gpu.command(names, settings_, device, bundle=target, as_json=as_json, check=check, plot=plot)
         return
     if plot is not None or device != "cuda":
         raise InputError(f"{'--plot' if plot is not None else '--device'} goes with --gpu")

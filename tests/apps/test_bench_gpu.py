@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from crab_edge.bundle import Bundle, default_bundle
 from crab_edge.errors import CheckError, CrabError, InputError
 from crab_edge.shape import KNOWN, AdapterShape
 
@@ -164,6 +165,45 @@ def test_what_does_not_fit_is_named(monkeypatch):
     assert _bench_gpu_bars.OFFICIAL_GRAPH not in {one.graph for one in made} and len(made) == 3
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    from crab_edge_apps import _bench_gpu_engines
+
+    monkeypatch.setattr(_bench_gpu_engines, "_STEPS", 1)
+    monkeypatch.setattr(_bench_gpu_engines, "_CALLS", 1)
+    return _bench_gpu_engines
+
+
+def test_engines_run_a_bundle(few_steps, capsys):
+    settings = dataclasses.replace(SETTINGS, context=6, prefill=4)
+    _bench_gpu.command([], settings, "cpu", bundle=default_bundle())
+    assert "not run: tensorrt" in capsys.readouterr().out
+    _bench_gpu.command([], settings, "cpu", bundle=default_bundle(), as_json=True)
+    result = json.loads(capsys.readouterr().out)
+    assert result["shapes"] == [] and result["engines"]["wrong"] == {}
+    rows = {(row["part"], row["contender"]): row for row in result["engines"]["rows"]}
+    assert set(rows) == {(part, name) for part in ("decode", "prefill") for name in ("torch", "onnxruntime")}
+    assert rows["decode", "torch"]["error"] < 1e-4 < rows["decode", "onnxruntime"]["error"] < 0.1
+
+
+def test_an_engine_that_answers_otherwise_is_not_timed(few_steps, monkeypatch):
+    create = few_steps.engines.create
+
+    def other(name, bundle, **options):
+        engine = create(name, bundle, **options)
+        if name == "onnxruntime":
+            forward = engine.forward
+            engine.forward = lambda embeds, positions: forward(embeds, positions)[::-1]
+        return engine
+
+    monkeypatch.setattr(few_steps.engines, "create", other)
+    card = _bench_gpu_card.open_card("cpu")
+    sizes = {"rounds": 1, "context": 3, "prefill": 2, "progress": lambda what, done, of: None}
+    result = few_steps.measure(Bundle.open(default_bundle()), card, **sizes)
+    assert set(result["wrong"]) == {"onnxruntime"}
+    assert {row["contender"] for row in result["rows"]} == {"torch"}
+
+
 def fake_row(part, contender, rounds, size=1e9, over=None):
     return _bench_gpu_bars.row(part, contender, rounds, size, 2e12, over_base=over)
 
@@ -216,7 +256,8 @@ def test_tables_and_plot(measured, tmp_path, capsys):
         (["--device", "cpu", "--shape", "0.5b"], "--shape 0.5b: with --gpu expected one of"),
         (["--device", "cpu", "--shape", "nano", "--experts", "float"], "--experts float"),
         (["--device", "cpu", "--shape", "nano", "--block", "128"], "--experts residual4x2 needs widths"),
-        (["some-bundle"], "leave the bundle out"),
+        (["--device", "cpu", "no-such-bundle"], "no-such-bundle"),
+        (["--device", "cpu", "some-bundle", "--plot", "x.png"], "--plot draws random decoders"),
     ],
 )
 def test_bad_input(cli, arguments, words):
