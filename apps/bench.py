@@ -19,29 +19,57 @@ def command(
         Path | None,
         typer.Argument(
             metavar="[BUNDLE]",
-            help="Compare this bundle's decoder, and random ones of its shape and recipe.",
+            help="Compare this bundle's decoder, and random ones of its shape and recipe. With --gpu: this "
+            "bundle through every engine that runs on the GPU.",
         ),
     ] = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            "--shape", "-s", help="Random decoders: nano, 0.5b, 1.5b, 3b, 7b. Default: nano and 0.5b."
+            "--shape",
+            "-s",
+            help="Random decoders: nano, 0.5b, 1.5b, 3b, 7b (with --gpu: nano, 3b, 7b). Default: nano and "
+            "0.5b; with --gpu 7b, 3b and nano.",
         ),
     ] = None,
     experts: Annotated[
         list[str] | None,
         typer.Option(
             help="How experts are stored: auto, residual4x2, plane4, unfolded8; the first is the one that "
-            "others are compared with. Default: all that the shape allows, for 3b, 7b and a bundle its own."
+            "others are compared with. Default: all that the shape allows, for 3b, 7b and a bundle its own; "
+            "with --gpu residual4x2 and unfolded8."
         ),
     ] = None,
-    block: Annotated[int, typer.Option(help="Weights per scale.")] = 32,
+    block: Annotated[
+        int | None,
+        typer.Option(help="Weights per scale. Default: 32; with --gpu 128 where the widths allow it."),
+    ] = None,
     accuracy_level: Annotated[int, typer.Option(help="4: int8 activations, 0: float32.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are printed.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps per round.")] = 60,
-    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache while decoding.")] = 512,
-    prefill: Annotated[int, typer.Option(min=1, help="Prompt length of the prefill timing.")] = 512,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens in the cache while decoding. Default: 512; with --gpu 1024."),
+    ] = None,
+    prefill: Annotated[
+        int | None,
+        typer.Option(min=2, help="Prompt length of the prefill timing. Default: 512; with --gpu 650."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all there are.")] = None,
+    gpu: Annotated[
+        bool,
+        typer.Option(
+            "--gpu",
+            help="On a GPU: the official formula in torch, eager and compiled, against the torch engine's "
+            "kernels.",
+        ),
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="With --gpu: cuda, cuda:1, or cpu for a dry run whose figures mean nothing.")
+    ] = "cuda",
+    plot: Annotated[
+        Path | None, typer.Option(help="With --gpu: draw the shares of bandwidth into this PNG.")
+    ] = None,
     ask: Annotated[
         bool, typer.Option("--ask", help="Time `ask` on a clip instead, cold start included.")
     ] = False,
@@ -75,6 +103,18 @@ def command(
     """Time decoders with I-LoRA against the same graph without it, the ratio of bytes and other runtimes."""
     from crab_edge.errors import CrabError, DependencyError, InputError
 
+    if gpu:
+        from crab_edge_apps import _bench_gpu
+
+        if plot is not None and target is not None and not shape:
+            raise InputError("--plot draws random decoders: add --shape")
+        chosen = {"forms": tuple(experts or ()), "block": block, "context": context, "prefill": prefill}
+        settings_ = _bench_gpu.settings(device, rounds, **chosen)
+        names = shape or ([] if target else ["7b", "3b", "nano"])
+        _bench_gpu.command(names, settings_, device, bundle=target, as_json=as_json, check=check, plot=plot)
+        return
+    if plot is not None or device != "cuda":
+        raise InputError(f"{'--plot' if plot is not None else '--device'} goes with --gpu")
     threads = threads or len(os.sched_getaffinity(0))
     if ask:
         from crab_edge_apps import _bench_ask
@@ -102,12 +142,12 @@ def command(
     if unknown:
         raise InputError(f"--shape {unknown[0]}: expected one of {', '.join(SHAPES)}")
     settings = Settings(
-        block=block,
+        block=block or 32,
         accuracy_level=accuracy_level,
         rounds=rounds,
         steps=steps,
-        context=context,
-        prefill=prefill,
+        context=context or 512,
+        prefill=prefill or 512,
         threads=threads,
         against=_runtimes(against),
     )
