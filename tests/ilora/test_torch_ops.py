@@ -1,4 +1,4 @@
-"""The torch operators: exact on CPU against the store and the reference; on CUDA, where there is one, equal."""
+"""The torch operators: exact on CPU against store and reference; on CUDA, where there is one, equal."""
 
 import numpy as np
 import pytest
@@ -127,11 +127,11 @@ def test_result_has_the_activations_type(dtype):
 
 
 def test_what_does_not_fit_is_refused():
-    x, z, bias, weight, planes, rows = _grouped()
+    x, z, bias, weight, _, rows = _grouped()
     with pytest.raises(CrabError, match="without z"):
         OPS.lowbit_linear(x, None, *weight, 2, bias)
-    with pytest.raises(CrabError, match=r"expected those of 256 \+ 1 x 256"):
-        OPS.lowbit_linear(x, z, *weight, 1, bias)
+    with pytest.raises(CrabError, match=r"expected those of 256 \+ 2 x 256"):
+        OPS.lowbit_linear(x, z, *weight, 2, bias)
     with pytest.raises(CrabError, match="multiples of 16"):
         OPS.lowbit_linear(x, z, *weight, 2, bias, [40, 8])
     with pytest.raises(CrabError, match="2 or 3 linears"):
