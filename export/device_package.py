@@ -119,7 +119,8 @@ def check_machine(where: Target, info: EngineInfo) -> None:
         why = broken.get(info.library)
         what = "which isn't installed" if why is None else f"which is here but can't be imported ({why})"
         raise DependencyError(
-            f"target {where.name} needs {info.library} {info.version} or newer, {what}; {INSTALL[info.library]}"
+            f"target {where.name} needs {info.library} {info.version} or newer, {what}; "
+            f"{INSTALL[info.library]}"
         )
     if numbers(found) < numbers(info.version):
         raise DependencyError(

@@ -101,6 +101,14 @@ def test_a_build_publishes_a_new_bundle_and_leaves_the_old_one(tmp_path, jobs):
         device_package.build_engines(source, "rtx", tmp_path / "again")
 
 
+def test_the_verb_refuses_a_bundle_that_waits_for_nothing(tmp_path, capsys):
+    from crab_edge_apps.cli import run
+
+    plain = write_fake_bundle(tmp_path / "plain")
+    assert run(["build-engine", str(plain), "--out", str(tmp_path / "built")]) == 2
+    assert "engines that wait to be built: none" in capsys.readouterr().err
+
+
 def test_a_build_that_fails_publishes_nothing(tmp_path, jobs, monkeypatch):
     def fails(job):
         raise EngineError("no")
