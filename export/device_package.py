@@ -113,10 +113,13 @@ def check_machine(where: Target, info: EngineInfo) -> None:
     from crab_edge.engines._cuda import driver
     from crab_edge.engines._tensorrt_check import INSTALL, installed, numbers
 
-    found = installed().get(info.library)
+    libraries, broken = installed()
+    found = libraries.get(info.library)
     if found is None:
+        why = broken.get(info.library)
+        what = "which isn't installed" if why is None else f"which is here but can't be imported ({why})"
         raise DependencyError(
-            f"target {where.name} needs {info.library} {info.version} or newer, which isn't installed; "
+            f"target {where.name} needs {info.library} {info.version} or newer, {what}; "
             f"{INSTALL[info.library]}"
         )
     if numbers(found) < numbers(info.version):
