@@ -163,6 +163,10 @@ def _entry(name: str, part: Part, model: RandomModel, graph: bool, field: Field)
         field.skipped[label] = "ran out of memory"
         release(field.card)
         return None
+    except Exception as problem:
+        # A kernel that doesn't compile or launch: the others are still worth their figures.
+        field.wrong[label] = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:300]}"
+        return None
     if error > part.tolerance:
         field.wrong[label] = (
             f"relative error {error:.2g} against the float32 reference, "
