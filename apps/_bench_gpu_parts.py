@@ -124,7 +124,7 @@ def kernel_parts(decoder: Any, model: RandomModel, inputs: Inputs) -> Iterator[P
         yield Part(
             f"{name} product",
             lambda groups=groups, x=x, zs=zs: [
-                linear(x, z) for group, z in zip(groups, zs, strict=True) for linear in group.linears
+                y for group, z in zip(groups, zs, strict=True) for y in decoder.products(group, x, z)
             ],
             products,
             (sum(map(decoder.bytes, groups)) - sum(routes)) // len(groups),
