@@ -105,7 +105,7 @@ def test_commands_are_found():
         "crab-edge scenes dance",
         "crab-edge ask a.mp4 --nonsense",
         "crab-edge bench --rounds many",
-        "crab-edge export --out bundle",
+        "crab-edge import-adapter weights.bin",
     ],
 )
 def test_wrong_commands_are_caught(line):
