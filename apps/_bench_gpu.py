@@ -7,6 +7,7 @@ that is wrong is reported as wrong and gets no time. All contenders of a shape s
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,11 +78,8 @@ def command(
 
     CheckError when `check` and a bar is missed; CrabError for a wrong contender.
     """
-    from crab_edge_apps import _bench_gpu_engines
     from rich.console import Console
     from rich.progress import Progress as Bar
-
-    from crab_edge.bundle import Bundle
 
     unknown = [name for name in names if name not in KNOWN]
     if unknown:
@@ -93,7 +91,11 @@ def command(
     for name in names:
         for form in settings.forms:
             random_model(KNOWN[name], form, card.device, block=settings.block)
-    opened = None if bundle is None else Bundle.open(bundle)
+    opened = None
+    if bundle is not None:
+        from crab_edge.bundle import Bundle
+
+        opened = Bundle.open(bundle)
     with Bar(transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("starting")
 
@@ -102,14 +104,14 @@ def command(
 
         result = measure([KNOWN[name] for name in names], list(names), settings, card, progress)
         if opened is not None:
+            from crab_edge_apps import _bench_gpu_engines
+
             sizes = {key: getattr(settings, key) for key in ("rounds", "context", "prefill")}
             result["engines"] = _bench_gpu_engines.measure(opened, card, **sizes, progress=progress)
     if as_json:
         print(json.dumps(result))
     else:
-        judging.show(result)
-        if opened is not None:
-            _bench_gpu_engines.show(result["engines"])
+        show(result)
     if plot is not None:
         judging.plot(result, plot)
     wrong = [
@@ -123,6 +125,15 @@ def command(
     missed = [bar for shape in result["shapes"] for bar in shape["bars"] if bar["met"] is False]
     if check and missed:
         raise CheckError(f"bench --gpu: {'; '.join(map(judging.described, missed))}")
+
+
+def show(result: dict[str, Any]) -> None:
+    """All tables of a result."""
+    judging.show(result)
+    if "engines" in result:
+        from crab_edge_apps import _bench_gpu_engines
+
+        _bench_gpu_engines.show(result["engines"])
 
 
 def measure(
@@ -227,3 +238,8 @@ def _row(entry: Entry, copy: float, card: Card) -> dict[str, Any]:
         in_cache=not card.real or part.bytes * part.per < _L2_TIMES * card.l2_bytes,
         over_base=None if entry.base is None else judging.over_base(entry, entry.base),
     )
+
+
+if __name__ == "__main__":
+    # The tables of a result that was saved with --json.
+    show(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

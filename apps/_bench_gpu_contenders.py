@@ -25,6 +25,8 @@ from crab_edge_apps._bench_gpu_official import FloatHead, OfficialGroup, officia
 from crab_edge_apps._bench_gpu_parts import Inputs, Outputs, Part, decoder_parts, group_parts, kernel_parts
 from crab_edge_apps._bench_gpu_weights import RandomModel
 
+from crab_edge.errors import DependencyError
+
 # What a contender may need besides its weights: caches, activations, the compiler's scratch.
 _SPARE_BYTES = 1_500_000_000
 Progress = Callable[[str, int, int], None]
@@ -162,6 +164,12 @@ def _entry(name: str, part: Part, model: RandomModel, graph: bool, field: Field)
     except torch.OutOfMemoryError:
         field.skipped[label] = "ran out of memory"
         release(field.card)
+        return None
+    except DependencyError:
+        raise
+    except Exception as problem:
+        # A kernel that doesn't compile or launch: the others are still worth their figures.
+        field.wrong[label] = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:300]}"
         return None
     if error > part.tolerance:
         field.wrong[label] = (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from crab_edge.engines._torch_cache import Cache, Chunk
 from crab_edge.engines._torch_decoder import ROOT, Decoder
 from crab_edge.engines._torch_step import Stepper
-from crab_edge.engines._torch_weights import Group, Linear, LowBit, Route
+from crab_edge.engines._torch_weights import Group, Linear, LowBit, Route, joined
 from crab_edge.errors import CrabError
 from crab_edge.graph_file import Node
 from crab_edge.ilora import torch_ops
@@ -126,7 +126,7 @@ class RandomReader:
         words = outputs[0].split(".")
         key = (int(words[words.index("layers") + 1]), _GROUP_OF[words[-1].removesuffix("_proj")])
         if key not in self.groups:
-            self.groups[key] = engine_group(self.model, self.model.group(*key), self.dtype)
+            self.groups[key] = joined(engine_group(self.model, self.model.group(*key), self.dtype))
         return self.groups[key]
 
     def finish(self) -> None:
@@ -193,6 +193,10 @@ class EngineDecoder:
         embeds, chunk = x.float(), Chunk(self._empty, past, tokens)
         return lambda: decoder(embeds, places, chunk)[None]
 
+    def products(self, group: Group, x: Tensor, z: Tensor | None) -> list[Tensor]:
+        """One group's outputs, its route left out: z [1, linears*experts*rank] is given."""
+        return [y for linear in group.linears for y in _split(linear, linear(x, z))]
+
     def bytes(self, group: Any) -> int:
         """Bytes of a group of linears: codes, scales, biases."""
         total = 0 if group.route is None else _size(group.route.operand)
@@ -234,7 +238,12 @@ class KernelGroup(nn.Module):
         if self.router is not None:
             low = self.router
             z = torch.ops.crab.ilora_route(x, low.q, low.scales, low.bits, low.block, *self.sizes)
-        return [linear(x, z) for linear in self.linears]
+        return [y for linear in self.linears for y in _split(linear, linear(x, z))]
+
+
+def _split(linear: Any, y: Tensor) -> Sequence[Tensor]:
+    """The outputs of the linears that run in one launch."""
+    return y.split(list(linear.rows), dim=-1) if linear.rows else (y,)
 
 
 class _Operand(nn.Module):
@@ -252,13 +261,15 @@ class _Product(nn.Module):
         self.base = _Operand(linear.base)
         self.beside = None if linear.experts is None else _Operand(linear.experts)
         self.planes, self.begin, self.end = linear.planes, linear.begin, linear.end
+        self.rows = linear.rows
 
     def forward(self, x: Tensor, z: Tensor | None) -> Tensor:
         low, beside = self.base, self.beside
         mine = None if z is None else z[:, self.begin : self.end].contiguous()
         if beside is None:
             sizes = (low.bits, low.block, self.planes, low.bias)
-            return torch.ops.crab.lowbit_linear(x, mine, low.q, low.scales, *sizes)
+            rows = list(self.rows) if self.rows and mine is not None else None
+            return torch.ops.crab.lowbit_linear(x, mine, low.q, low.scales, *sizes, rows)
         experts = (beside.q, beside.scales, beside.bits, beside.block)
         return torch.ops.crab.lowbit_linear_experts(
             x, mine, low.q, low.scales, low.bits, low.block, *experts, low.bias

@@ -91,6 +91,26 @@ def test_links_lead_somewhere(page):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
+def test_extras_exist():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    known = set(project["optional-dependencies"])
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"(?:crab-edge|[\"'`]\.)\[([\w,-]+)\]", text)
+        assert named or page.name not in ("README.md", "jetson.md", "gpu_bench.md")
+        wrong = {extra for names in named for extra in names.split(",")} - known
+        assert not wrong, f"{page.name} names extras that don't exist: {wrong}"
+
+
+def test_the_jetson_image_copies_what_is_there():
+    lines = (REPOSITORY / "docker/jetson/Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert {"crab_edge", "apps", "export", "calibration", "pyproject.toml"} <= set(copied)
+    for name in copied:
+        assert (REPOSITORY / name).exists(), f"the Dockerfile copies {name}"
+
+
 def test_commands_are_found():
     text = "Run `crab-edge ask\nclip.mp4 --json`.\n\n```bash\nX=1 .venv/bin/crab-edge verify a  # all\n"
     text += "crab-edge ask a.mp4 'Is it?' \\\n  --task ave | tee log\ncrab-edge --version\n```\n"
@@ -105,7 +125,7 @@ def test_commands_are_found():
         "crab-edge scenes dance",
         "crab-edge ask a.mp4 --nonsense",
         "crab-edge bench --rounds many",
-        "crab-edge export --out bundle",
+        "crab-edge import-adapter weights.bin",
     ],
 )
 def test_wrong_commands_are_caught(line):

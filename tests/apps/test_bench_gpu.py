@@ -147,6 +147,21 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
     assert ("down product", graph) in timed and ("decode", _bench_gpu_bars.OFFICIAL_EAGER) in timed
 
 
+def test_a_kernel_that_does_not_launch_is_named(monkeypatch):
+    from crab_edge_apps import _bench_gpu_contenders, _bench_gpu_parts, _bench_gpu_weights
+
+    def fail():
+        raise RuntimeError("no kernel image\nand more")
+
+    card = _bench_gpu_card.open_card("cpu")
+    model = _bench_gpu_weights.random_model(SMALL, "plane4", CPU)
+    inputs = _bench_gpu_parts.Inputs(model, torch.bfloat16, 4, 2)
+    field = _bench_gpu_contenders.Field(inputs, card, lambda what, done, of: None, {}, {})
+    part = _bench_gpu_parts.Part("decode", fail, lambda: [], 1)
+    assert _bench_gpu_contenders._entry("somebody", part, model, True, field) is None
+    assert field.wrong == {"somebody, decode": "RuntimeError: no kernel image"} and field.skipped == {}
+
+
 def test_what_does_not_fit_is_named(monkeypatch):
     from crab_edge_apps import _bench_gpu_contenders, _bench_gpu_official, _bench_gpu_weights
     from crab_edge_apps._bench_gpu_parts import Inputs
