@@ -19,7 +19,7 @@ from crab_edge.asked import Asked
 from crab_edge.bundle import Bundle, default_bundle
 from crab_edge.clip import Clip, Window
 from crab_edge.errors import CrabError, InputError, TaskError
-from crab_edge.generate import Generator
+from crab_edge.generate import Cancelled, Generator
 from crab_edge.guide import guide
 from crab_edge.resolved import (
     WINDOW_S,
@@ -407,7 +407,10 @@ class Session:
         about = context(self.clip, asked.recipe, window)
         held = guide(self.model.grammars(), asked.task, about, asked.limit) if asked.grammar else None
         shown = resolve(self.clip, asked.recipe, window, spent, asked.frame)
-        logits, position = generator.start(shown, asked.instruction, spent)
+        try:
+            logits, position = generator.start(shown, asked.instruction, spent, asked.cancelled)
+        except Cancelled:
+            return
         text = self.model.bundle.prompt.stream_decoder()
         ids: list[int] = []
         tokens = generator.tokens(logits, position, asked.limit, asked.cancelled, held)

@@ -281,6 +281,32 @@ def test_cancelling(opened):
     assert "a dog and a cat".startswith(answer.raw)
 
 
+@pytest.mark.parametrize(("chunks", "kept"), [(3, False), (6, True), (7, True)])
+def test_cancelling_while_a_prompt_is_read(opened, monkeypatch, chunks, kept):
+    """Six chunks are the prefix, the question is more than one; asked again, the rest is the same."""
+    monkeypatch.setattr("crab_edge.generate.prefill_chunk", lambda width: 100)
+    question = "Is there a dog? " * 60
+    whole, undisturbed = opened("yes", "av")
+    assert whole.ask(question).raw == "yes" and len(undisturbed.forwards[5][1]) < 100
+    session, engine = opened("yes", "av")
+    answer = session.ask(question, cancelled=lambda: len(engine.forwards) == chunks)
+    assert answer.raw == "" and answer.parsed == () and "stopped" in answer.notices[-1]
+    assert len(engine.forwards) == chunks and answer.timings.prefill_s > 0
+    again = session.ask(question)
+    assert again.raw == "yes" and bool(again.timings.cached_tokens) == kept
+    rest = undisturbed.forwards[6 if kept else 0 :]
+    for done, expected in zip(engine.forwards[chunks:], rest, strict=True):
+        for one, other in zip(done, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_cancelling_between_encoders(opened):
+    session, engine = opened("a dog", "av")
+    answer = session.ask(task="avcap", cancelled=lambda: bool(engine.vision_calls))
+    assert "stopped" in answer.notices[-1] and not engine.audio_calls and not engine.forwards
+    assert session.ask(task="avcap").raw == "a dog" and len(engine.vision_calls) == 1
+
+
 def test_cut_off_answers_say_so(opened):
     session, _ = opened("a dog and a cat and a bus", "av")
     answer = session.ask(task="avcap", max_new_tokens=4)
