@@ -87,7 +87,7 @@ class Server:
             local=is_loopback(settings.host) and not settings.share,
             host=settings.host,
             max_upload=max_bytes,
-            has_room=self.store.has_room,
+            reserved=self.store.reserved,
         )
         self.blocks.queue(max_size=_QUEUED_EVENTS, default_concurrency_limit=None, api_open=False)
         self.blocks.launch(
