@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -139,11 +139,12 @@ def _row(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
     return row
 
 
-def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: str | Path, *, without: Collection[int] = ()) -> Iterator[dict[str, Any]]:
     """The rows of a folder or file that `crab-edge analyze` wrote, as dictionaries, each counted once.
 
-    While a run with `--retry-errors` is under way, the file may hold an error row and, later, the row that
-    takes its place; here only the later one comes. InputError for a file that isn't one.
+    While a run is under way, the file may hold an error row and, later, the row of the same path that takes
+    its place; here only the later one comes. `without`: numbers (from 0) of lines to leave out as well.
+    InputError for a file that isn't one.
     """
     file = Path(path) / "rows.jsonl" if Path(path).is_dir() else Path(path)
     try:
@@ -152,7 +153,7 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
             count, gone = _superseded(_lines(file, opened))
             opened.seek(0)
             for number, (row, _) in zip(range(count), _lines(file, opened), strict=False):
-                if number not in gone:
+                if number not in gone and number not in without:
                     yield row
     except OSError as error:
         raise InputError(f"{file}: can't be read ({error.strerror}); give the --out of a run") from error
