@@ -163,7 +163,7 @@ def sinks(monkeypatch):
         return opened[-1]
 
     module = types.ModuleType("crab_edge_apps._sinks")
-    module.NAMES = ("csv", "srt", "vtt", "video")
+    module.NAMES, module.DRAWN = ("csv", "srt", "vtt", "video"), "video"
     module.open_sinks = open_sinks
     monkeypatch.setitem(sys.modules, "crab_edge_apps._sinks", module)
     return types.SimpleNamespace(opened=opened, failing=failing)
