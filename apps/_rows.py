@@ -192,7 +192,7 @@ class RowFile:
         return bool(unread)
 
     def _outdate_moved(self, sha256: str | None, path: str, task: str) -> bool:
-        """Now that `path` has a row, earlier error rows of its content go if their files did; whether any do."""
+        """With a row for `path`, earlier error rows of its content go if their files did; whether any do."""
         same = self._failed.get((sha256, task), {}) if sha256 is not None else {}
         others = [old for old in same if old != path and not os.path.exists(old)]
         if not others or not os.path.exists(path):

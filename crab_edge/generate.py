@@ -161,7 +161,7 @@ class Generator:
         spent: Spent,
         cancelled: Callable[[], bool] | None,
     ) -> NDArray[np.float32]:
-        """embeds [S, H], positions [3, S], in chunks; logits [V] of the last token. Cancelled between them."""
+        """embeds [S, H], positions [3, S], in chunks; logits [V] of the last token. May be Cancelled."""
         logits = None
         step = prefill_chunk(embeds.shape[1])
         started = time.perf_counter()

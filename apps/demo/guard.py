@@ -53,7 +53,7 @@ def is_loopback(host: str) -> bool:
 class Guard:
     """ASGI middleware. `local`: answer to loopback names only.
 
-    `reserved(bytes)`: a context that keeps room for an upload while it arrives, and says whether there is any.
+    `reserved(bytes)`: a context that keeps room for an upload while it arrives; gives whether there is any.
     """
 
     def __init__(

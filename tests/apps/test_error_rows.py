@@ -16,7 +16,9 @@ def run(tmp_path):
     """run(...) -> a run's row file; files named p, q and r may lie beside its folder."""
 
     def opened(**options):
-        return RowFile(tmp_path / "out", bundle="b", engine={"name": "e"}, request=Request(("ave",)), **options)
+        return RowFile(
+            tmp_path / "out", bundle="b", engine={"name": "e"}, request=Request(("ave",)), **options
+        )
 
     return opened
 
@@ -127,9 +129,7 @@ def test_copies_keep_error_rows_of_their_own(run, path, tmp_path):
 
 
 def test_what_was_asked_otherwise_stays(run, path, tmp_path):
-    with RowFile(
-        tmp_path / "out", bundle="other", engine={"name": "e"}, request=Request(("ave",))
-    ) as rows:
+    with RowFile(tmp_path / "out", bundle="other", engine={"name": "e"}, request=Request(("ave",))) as rows:
         rows.add(failed(path("p", there=False)))
         rows.add(failed(path("q", there=False), None))
     with run(retry_errors=True) as rows:
