@@ -154,6 +154,7 @@ class RowFile:
             "task": task,
             "question": request.asked(task) if task in tasks.names() else None,
             "grammar": request.grammar,
+            "window_s": float(request.window_s),
             "stride_s": request.stride,
             "max_new_tokens": request.max_new_tokens,
         }

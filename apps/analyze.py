@@ -45,9 +45,17 @@ def command(
     grammar: Annotated[
         bool, typer.Option("--grammar/--no-grammar", help="Hold answers to their task's form.")
     ] = False,
+    window: Annotated[
+        float,
+        typer.Option(
+            help="Seconds of the windows that longer clips are cut into, 10 to 60; `plan` says what fits."
+        ),
+    ] = 10.0,
     stride: Annotated[
         float | None,
-        typer.Option(help="Seconds from one window of a long clip to the next: 1 to 10; default 10."),
+        typer.Option(
+            help="Seconds from one window of a long clip to the next, from 1; default: a window's length."
+        ),
     ] = None,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Try rows again that ended in an error.")
@@ -70,7 +78,7 @@ def command(
     from crab_edge.batch import Request
     from crab_edge.errors import InputError
 
-    request = Request(tuple(_split(task)), question, max_tokens, grammar, stride).check()
+    request = Request(tuple(_split(task)), question, max_tokens, grammar, stride, window).check()
     sinks = _sink_names(sink)
     files = _Files(paths or [], lists or [], out)
     known = None if watch else files.listed()

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 from crab_edge.errors import InputError
 from crab_edge.results import Answer
 
-ROW_VERSION = 2
+ROW_VERSION = 3
 #: Fields that, with the clip, say which row it is: another value of one makes another row.
-ASKED = ("bundle", "task", "question", "grammar", "stride_s", "max_new_tokens")
+ASKED = ("bundle", "task", "question", "grammar", "window_s", "stride_s", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Row:
         engine: dict[str, Any],
         question: str | None = None,
         grammar: bool = False,
+        window_s: float | None = None,
         stride_s: float | None = None,
         max_new_tokens: int | None = None,
     ) -> dict[str, Any]:
@@ -70,6 +71,7 @@ class Row:
             "task": self.task,
             "question": question,
             "grammar": grammar,
+            "window_s": window_s,
             "stride_s": stride_s,
             "max_new_tokens": max_new_tokens,
         }

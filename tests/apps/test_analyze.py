@@ -50,7 +50,7 @@ def test_one_row_for_each_clip_and_task(cli, folder, tmp_path):
     good = found["b.mp4", "avcap"]
     assert good["raw"] == CAPTION and good["parsed"] == [{"type": "caption", "text": CAPTION}]
     assert good["duration_s"] == pytest.approx(8, abs=0.1) and good["bundle"].startswith("fake/w4@")
-    assert len(good["sha256"]) == 64 and good["version"] == 2 and good["engine"] == {"name": "fake"}
+    assert len(good["sha256"]) == 64 and good["version"] == 3 and good["engine"] == {"name": "fake"}
     broken = found["deep/broken.mp4", "ave"]["error"]
     assert (
         broken["type"] == "MediaError" and "broken.mp4" in broken["message"] and "\n" not in broken["message"]

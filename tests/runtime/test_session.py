@@ -8,7 +8,7 @@ import pytest
 from crab_edge.bundle import Bundle
 from crab_edge.errors import CrabError, EngineError, InputError, TaskError
 from crab_edge.results import Box, Caption, Choice, Event
-from crab_edge.session import Model, load
+from crab_edge.session import Model, Session, load
 from tests import media
 from tests.fake_bundle import FakeEngine, write_fake_bundle
 
@@ -202,6 +202,21 @@ def test_a_longer_window_shows_as_many_frames_a_second(bundle, clips):
     assert engine.audio_calls == [pytest.approx(2300, abs=10)]
     halves = Model(bundle, FakeEngine(bundle, AVE)).open(clips["long"], window_s=20)
     assert [event.start_s for event in halves.ask(task="ave").parsed] == [2.0, 22.0]
+
+
+def test_the_frames_of_long_windows_are_decoded_in_portions(bundle, clips, monkeypatch):
+    """As many seconds at a time as of short windows."""
+    monkeypatch.setattr("crab_edge.session.AHEAD_S", 24.0)
+    portions = []
+    real = Session._prefetch
+    monkeypatch.setattr(
+        Session,
+        "_prefetch",
+        lambda self, plan, spent: portions.append([len(cut) for _, cut in plan]) or real(self, plan, spent),
+    )
+    for options in ({}, {"stride_s": 3, "window_s": 12}, {"window_s": 13}):
+        Model(bundle, FakeEngine(bundle, "x")).open(clips["long"], **options).ask(task="avcap")
+    assert portions == [[2], [1], [2], [2], [1], [1], [1]]
 
 
 def test_a_short_clip_is_the_same_in_any_window(bundle, clips):

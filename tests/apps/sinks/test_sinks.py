@@ -21,7 +21,7 @@ EVENT = {"type": "event", "label": "dog", "start_s": 1.5, "end_s": 3661.0, "moda
 
 
 def row(path="a.mp4", task="ave", parsed=(EVENT,), **more):
-    content = {"version": 2, "media": [str(path)], "sha256": "ab" * 32, "duration_s": 10.0, "bundle": "nano"}
+    content = {"version": 3, "media": [str(path)], "sha256": "ab" * 32, "duration_s": 10.0, "bundle": "nano"}
     return content | {"task": task, "question": None, "raw": "text", "parsed": list(parsed)} | more
 
 
