@@ -56,6 +56,10 @@ class RowFile:
         self._errors: set[tuple[Any, ...]] = set()
         self._failed: dict[tuple[str, str], dict[str, int]] = {}
         """Error rows that ask the same as this run, by content and task: path -> number of the line."""
+        self._closed: set[tuple[str, str]] = set()
+        """Content and task of rows about files that couldn't be opened."""
+        self.opened = False
+        """Whether a row that was claimed is about a file that could be opened."""
         self._lines = 0
         self._outdated: set[int] = set()
         self._learning = threading.Lock()
@@ -133,6 +137,7 @@ class RowFile:
             asked = {name: row[name] for name in layout.ASKED} == self._asked(row["task"])
             path = str(layout.media_paths(row)[0])
             if asked:
+                self._note_opened(row["sha256"], path, row["task"], row.get("duration_s"))
                 self._outdate_moved(row["sha256"], path, row["task"])
                 if not ("error" in row and self._retry_errors):
                     self._remember(row["sha256"], path, row["task"])
@@ -184,7 +189,12 @@ class RowFile:
                 self._paths.add((path, task))
             if sha256 is not None:
                 self.replaced |= self._outdate_unread(path, task)
+            self.opened |= (sha256 or path, task) not in self._closed
             return True
+
+    def _note_opened(self, sha256: str | None, path: str, task: str, duration_s: float | None) -> None:
+        change = self._closed.add if duration_s is None else self._closed.discard
+        change((sha256 or path, task))
 
     def _outdate_unread(self, path: str, task: str) -> bool:
         """The error row of what lies at `path` and couldn't be read then goes; whether there is one."""
@@ -224,6 +234,7 @@ class RowFile:
         place = layout.place(content)
         path = str(layout.media_paths(content)[0])
         with self._learning:
+            self._note_opened(row.sha256, path, row.task, row.duration_s)
             moved = self._outdate_moved(row.sha256, path, row.task)
             self.replaced |= moved or place in self._errors
             key = row.sha256 or path, row.task

@@ -111,7 +111,7 @@ def command(
     if stop.is_set() and not watch:
         print("crab-edge: interrupted; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(130)
-    if known is not None and figures.nothing_readable():
+    if known is not None and not figures.clips and not rows.opened:
         raise InputError(f"none of the {len(known)} files could be read; the reasons are in {rows.path}")
 
 
