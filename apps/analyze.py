@@ -96,8 +96,9 @@ def command(
                 retry_errors=retry_errors,
             ) as rows,
             Progress(figures) as progress,
-            _opened_sinks(sinks, out, progress) as sink_writer,
+            # Outside of the sinks: they may still be drawing when the last row is written.
             _signals(progress) as stop,
+            _opened_sinks(sinks, out, progress) as sink_writer,
         ):
             if sink_writer is not None:
                 sink_writer.rebuild(rows.rows())
