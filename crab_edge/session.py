@@ -346,7 +346,9 @@ class Session:
 
     def _hint(self) -> str:
         names = [task.name for task in self.applicable()]
-        return f"tasks that apply: {', '.join(names)}" if names else "no task applies to this clip"
+        if names:
+            return f"tasks that apply: {', '.join(names)}"
+        return "no task takes such a clip; say which file is for what with --video, --image and --audio"
 
     def prepare(self, names: Sequence[str]) -> None:
         """Decodes what these tasks will need, without touching the engine: for reading ahead in a thread.

@@ -356,6 +356,7 @@ def test_the_command_is_cheap_and_says_what_it_lacks():
         ({"max_mb": 0}, "--max-mb 0"),
         ({"max_minutes": float("nan")}, "--max-minutes nan"),
         ({"password": " "}, "--password is empty"),
+        ({"host": ""}, "--host is empty"),
         ({"host": "203.0.113.7", "port": 0}, "can't listen on 203.0.113.7"),
     ],
 )
