@@ -60,10 +60,6 @@ class Figures:
             return None
         return max(0, self.total - self.known - self.done) * self.took_s() / self.done
 
-    def nothing_readable(self) -> bool:
-        """Whether not one file could be opened, neither now nor in an earlier run."""
-        return not self.clips and not self.known
-
     def line(self) -> str:
         """How far the run is, in words."""
         errors = sum(self.errors.values())

@@ -28,6 +28,8 @@ def split_question(words: Sequence[str], *, media_elsewhere: bool) -> tuple[list
     were named by options (`media_elsewhere`).
     """
     media = list(words)
+    if any(not word.strip() for word in media):
+        raise InputError('an empty word is no file and no question; use `crab-edge ask CLIP "QUESTION"`')
     if not media or Path(media[-1]).exists() or looks_like_path(media[-1]):
         return media, None
     if len(media) == 1 and not media_elsewhere:

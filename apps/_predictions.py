@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from crab_edge import tasks
 from crab_edge.avuie import Split, TestRecord
 from crab_edge.errors import BundleError, CrabError, DependencyError, EngineError, InputError
 from crab_edge.results import Mask, results_from_json, results_to_json
+from crab_edge.staging import staged_file
 from crab_edge.tasks.base import Parsed
 from crab_edge.tasks.scoring import Prediction
 
@@ -83,9 +83,8 @@ class PredictionFile:
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in ordered)
 
     def _rewrite(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(self._text(), "utf-8")
-        os.replace(temporary, self.path)
+        with staged_file(self.path, overwrite=True) as file:
+            file.write_text(self._text(), "utf-8")
 
 
 def _index(key: str) -> int:

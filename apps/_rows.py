@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,9 @@ class RowFile:
 
     A row is known by its file's SHA-256 (its path if it couldn't be read), the bundle, the task and what else
     was asked (`layout.ASKED`): it is there once, whatever the number of runs. Error rows count as well,
-    unless `retry_errors`: then they are tried again, and the new row takes the old one's place.
+    unless `retry_errors`: then they are tried again, and the new row takes the old one's place. Error rows
+    go once another row says better what became of their file.
+    `claim` and `add` may be called from different threads.
     """
 
     def __init__(
@@ -48,9 +51,20 @@ class RowFile:
         self._synced_at = 0.0
         self._known: dict[tuple[str, ...], list[str]] = {}
         """Paths of the rows that are there, by content and task."""
+        self._paths: set[tuple[str, str]] = set()
+        """Path and task of those rows."""
         self._errors: set[tuple[Any, ...]] = set()
+        self._failed: dict[tuple[str, str], dict[str, int]] = {}
+        """Error rows that ask the same as this run, by content and task: path -> number of the line."""
+        self._closed: set[tuple[str, str]] = set()
+        """Content and task of rows about files that couldn't be opened."""
+        self.opened = False
+        """Whether a row that was claimed is about a file that could be opened."""
+        self._lines = 0
+        self._outdated: set[int] = set()
+        self._learning = threading.Lock()
         self.replaced = False
-        """Whether a row has taken an error row's place in this run."""
+        """Whether an error row has gone in this run: other rows say what it was about."""
 
     def __enter__(self) -> RowFile:
         try:
@@ -75,7 +89,7 @@ class RowFile:
     ) -> None:
         try:
             self._sync()
-            if self.replaced:
+            if self.replaced or self._outdated:
                 self._compact()
         except (OSError, CrabError):
             pass  # The next run does it; until then `read_rows` leaves the old rows out.
@@ -101,6 +115,7 @@ class RowFile:
         if not self.path.exists():
             return
         _, gone = layout.superseded(self.path)
+        gone |= self._outdated
         if not gone:
             return
         temporary = self.path.with_name(f".{NAME}.new")
@@ -118,12 +133,18 @@ class RowFile:
         """Learns the rows that are there; a last line without its end was cut by a kill and goes."""
         for row, end in layout.read_lines(self.path):
             self._end = end
+            self._lines += 1
+            asked = {name: row[name] for name in layout.ASKED} == self._asked(row["task"])
+            path = str(layout.media_paths(row)[0])
+            if asked:
+                self._note_opened(row["sha256"], path, row["task"], row.get("duration_s"))
+                self._outdate_moved(row["sha256"], path, row["task"])
+                if not ("error" in row and self._retry_errors):
+                    self._remember(row["sha256"], path, row["task"])
             if "error" in row:
                 self._errors.add(layout.place(row))
-                if self._retry_errors:
-                    continue
-            if {name: row[name] for name in layout.ASKED} == self._asked(row["task"]):
-                self._remember(row["sha256"], str(layout.media_paths(row)[0]), row["task"])
+                if asked:
+                    self._failed.setdefault((row["sha256"] or path, row["task"]), {})[path] = self._lines - 1
         if os.fstat(self._file).st_size > self._end:
             os.ftruncate(self._file, self._end)
         os.lseek(self._file, self._end, os.SEEK_SET)
@@ -138,28 +159,59 @@ class RowFile:
             "task": task,
             "question": request.asked(task) if task in tasks.names() else None,
             "grammar": request.grammar,
+            "window_s": float(request.window_s),
             "stride_s": request.stride,
             "max_new_tokens": request.max_new_tokens,
         }
 
     def _remember(self, sha256: str | None, path: str, task: str) -> None:
         self._known.setdefault((sha256 or path, task), []).append(path)
+        self._paths.add((path, task))
 
     def claim(self, sha256: str | None, media: str, task: str) -> bool:
         """Whether the row is already there; if not, it counts as there from now on.
 
-        A copy of a file is another clip with rows of its own; a file that was only moved isn't.
+        A copy of a file is another clip with rows of its own; a file that was only moved isn't. A file that
+        can't be read (`sha256` None) is done where its path has a row.
         """
         path = os.path.abspath(media)
+        with self._learning:
+            known = self._known.get((sha256 or path, task), [])
+            there = path in known or (sha256 is None and (path, task) in self._paths)
+            if not there:
+                moved = next((place for place, old in enumerate(known) if not os.path.exists(old)), None)
+                if moved is None:
+                    self._remember(sha256, path, task)
+                    return False
+                # An error row that has moved along is this file's own now.
+                self._failed.get((sha256 or path, task), {}).pop(known[moved], None)
+                known[moved] = path
+                self._paths.add((path, task))
+            if sha256 is not None:
+                self.replaced |= self._outdate_unread(path, task)
+            self.opened |= (sha256 or path, task) not in self._closed
+            return True
+
+    def _note_opened(self, sha256: str | None, path: str, task: str, duration_s: float | None) -> None:
+        change = self._closed.add if duration_s is None else self._closed.discard
+        change((sha256 or path, task))
+
+    def _outdate_unread(self, path: str, task: str) -> bool:
+        """The error row of what lies at `path` and couldn't be read then goes; whether there is one."""
+        unread = self._failed.pop((path, task), {})
+        self._outdated.update(unread.values())
+        return bool(unread)
+
+    def _outdate_moved(self, sha256: str | None, path: str, task: str) -> bool:
+        """With a row for `path`, earlier error rows of its content go if their files did; whether any do."""
+        same = self._failed.get((sha256, task), {}) if sha256 is not None else {}
+        others = [old for old in same if old != path and not os.path.exists(old)]
+        if not others or not os.path.exists(path):
+            return False
         known = self._known.get((sha256 or path, task), [])
-        if path in known:
-            return True
-        moved = next((place for place, old in enumerate(known) if not os.path.exists(old)), None)
-        if moved is not None:
-            known[moved] = path
-            return True
-        self._remember(sha256, path, task)
-        return False
+        known[:] = [old for old in known if old not in others]
+        self._outdated.update(same.pop(old) for old in others)
+        return True
 
     def add(self, row: Row) -> dict[str, Any]:
         """Appends one row and returns it as it was written.
@@ -180,9 +232,18 @@ class RowFile:
             raise self._unwritable(error) from error
         self._end += len(line)
         place = layout.place(content)
-        self.replaced |= place in self._errors
-        if row.error is not None:
-            self._errors.add(place)
+        path = str(layout.media_paths(content)[0])
+        with self._learning:
+            self._note_opened(row.sha256, path, row.task, row.duration_s)
+            moved = self._outdate_moved(row.sha256, path, row.task)
+            self.replaced |= moved or place in self._errors
+            key = row.sha256 or path, row.task
+            if row.error is not None:
+                self._errors.add(place)
+                self._failed.setdefault(key, {})[path] = self._lines
+            elif key in self._failed:
+                self._failed[key].pop(path, None)
+            self._lines += 1
         if time.monotonic() - self._synced_at >= _SYNC_EVERY_S:
             self._sync()
         return content
@@ -209,4 +270,4 @@ class RowFile:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows that are there, each counted once."""
-        return layout.read_rows(self.path)
+        return layout.read_rows(self.path, without=frozenset(self._outdated))

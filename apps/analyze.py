@@ -45,9 +45,17 @@ def command(
     grammar: Annotated[
         bool, typer.Option("--grammar/--no-grammar", help="Hold answers to their task's form.")
     ] = False,
+    window: Annotated[
+        float,
+        typer.Option(
+            help="Seconds of the windows that longer clips are cut into, 10 to 60; `plan` says what fits."
+        ),
+    ] = 10.0,
     stride: Annotated[
         float | None,
-        typer.Option(help="Seconds from one window of a long clip to the next: 1 to 10; default 10."),
+        typer.Option(
+            help="Seconds from one window of a long clip to the next, from 1; default: a window's length."
+        ),
     ] = None,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Try rows again that ended in an error.")
@@ -70,7 +78,7 @@ def command(
     from crab_edge.batch import Request
     from crab_edge.errors import InputError
 
-    request = Request(tuple(_split(task)), question, max_tokens, grammar, stride).check()
+    request = Request(tuple(_split(task)), question, max_tokens, grammar, stride, window).check()
     sinks = _sink_names(sink)
     files = _Files(paths or [], lists or [], out)
     known = None if watch else files.listed()
@@ -88,8 +96,9 @@ def command(
                 retry_errors=retry_errors,
             ) as rows,
             Progress(figures) as progress,
-            _opened_sinks(sinks, out, progress) as sink_writer,
+            # Outside of the sinks: they may still be drawing when the last row is written.
             _signals(progress) as stop,
+            _opened_sinks(sinks, out, progress) as sink_writer,
         ):
             if sink_writer is not None:
                 sink_writer.rebuild(rows.rows())
@@ -103,7 +112,7 @@ def command(
     if stop.is_set() and not watch:
         print("crab-edge: interrupted; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(130)
-    if known is not None and figures.nothing_readable():
+    if known is not None and not figures.clips and not rows.opened:
         raise InputError(f"none of the {len(known)} files could be read; the reasons are in {rows.path}")
 
 

@@ -26,8 +26,10 @@ def command(
         typer.Option("--memory", "-m", help="Memory of the device, e.g. 8GB; default: that of this one."),
     ] = None,
     length: Annotated[float, typer.Option(help="Length of the clip in seconds.")] = 10.0,
-    frames: Annotated[int, typer.Option(help="Frames of each window.")] = 10,
-    window: Annotated[float, typer.Option(help="Seconds of a window.")] = 10.0,
+    frames: Annotated[
+        int | None, typer.Option(min=0, help="Frames of each window; default: as many as `ask` shows.")
+    ] = None,
+    window: Annotated[float, typer.Option(help="Seconds of a window, 10 to 60.")] = 10.0,
     bits: Annotated[int | None, typer.Option(help="Bits of the decoder: 4, 8 or 32; default 4.")] = None,
     block: Annotated[int | None, typer.Option(help="Weights that share a scale; default 32.")] = None,
     experts: Annotated[str, typer.Option(help="auto, residual4x2, plane4 or unfolded8.")] = "auto",
@@ -35,7 +37,7 @@ def command(
         str | None,
         typer.Option("--kv", help="KV cache: float32 or float16; default: float16 for wide models."),
     ] = None,
-    answer: Annotated[int, typer.Option(help="Tokens that an answer may have.")] = 512,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens that an answer may have.")] = 512,
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Encoders are closed before the decoder opens.")
     ] = False,
@@ -54,6 +56,8 @@ def command(
     """
     from crab_edge.memory import total_bytes
     from crab_edge.plan import WIDE, Wish, nearest, plan
+    from crab_edge.resolved import check_window, widened
+    from crab_edge.tasks.recipes import VIDEO_10
 
     if measure and model.lower() == "nano":
         model = str(_bundle(model))
@@ -65,6 +69,9 @@ def command(
         from crab_edge.errors import InputError
 
         raise InputError("this machine's memory can't be measured; give it with --memory, e.g. --memory 8GB")
+    check_window(window)
+    if frames is None:
+        frames = widened(VIDEO_10, window, length).frames
     wish = Wish(length, frames, window, device, answer, kv, low_memory)
     if measure:
         from crab_edge_apps import _plan_measured

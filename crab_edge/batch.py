@@ -20,7 +20,7 @@ from crab_edge.clip import Clip
 from crab_edge.errors import CrabError, InputError, MediaError
 from crab_edge.inputs import find_media
 from crab_edge.media_io import check_file, shown
-from crab_edge.resolved import WINDOW_S, check_stride
+from crab_edge.resolved import WINDOW_S, check_grammar, check_stride, check_window
 from crab_edge.results import Answer
 from crab_edge.rows import ROW_VERSION, Row, RowError
 from crab_edge.session import MAX_NEW_TOKENS, Session
@@ -39,8 +39,8 @@ AHEAD = 2
 class Request:
     """What is asked of every clip. Can be pickled.
 
-    `question` goes to the tasks that need one; `grammar` holds answers to their form; `stride_s`: windows of
-    a long clip start so many seconds apart (default: the window's length).
+    `question` goes to the tasks that need one; `grammar` holds answers to their form; `window_s`: long clips
+    are cut into windows of so many seconds, 10 to 60, that start `stride_s` apart (default: their length).
     """
 
     tasks: tuple[str, ...]
@@ -48,20 +48,24 @@ class Request:
     max_new_tokens: int = MAX_NEW_TOKENS
     grammar: bool = False
     stride_s: float | None = None
+    window_s: float = WINDOW_S
 
     def check(self) -> Request:
-        """Itself; TaskError for an unknown task or a missing question, InputError without a task."""
+        """Itself; TaskError for an unknown task or a missing question, InputError for what else can't be."""
         if not self.tasks:
             raise InputError(f"name at least one task; there are: {', '.join(task_registry.names())}")
         for name in self.tasks:
             task_registry.get(name).prompt(self.asked(name))
-        check_stride(self.stride_s)
+        check_window(self.window_s)
+        check_stride(self.stride_s, self.window_s)
+        if self.grammar and any(task_registry.get(name).media.windowed for name in self.tasks):
+            check_grammar(self.window_s)
         return self
 
     @property
     def stride(self) -> float:
         """The stride in seconds, spelled out."""
-        return WINDOW_S if self.stride_s is None else float(self.stride_s)
+        return float(self.window_s if self.stride_s is None else self.stride_s)
 
     def asked(self, task: str) -> str | None:
         """The question as this task gets it."""
@@ -117,6 +121,7 @@ def analyze(
     max_new_tokens: int = MAX_NEW_TOKENS,
     grammar: bool = False,
     stride_s: float | None = None,
+    window_s: float = WINDOW_S,
     skip: Skip | None = None,
     ahead: int = AHEAD,
     stop: threading.Event | None = None,
@@ -129,7 +134,8 @@ def analyze(
     before anything is read; whatever is wrong with one file becomes its rows' `error`.
     """
     names = [tasks] if isinstance(tasks, str) else tasks
-    request = Request(tuple(dict.fromkeys(names)), question, max_new_tokens, grammar, stride_s).check()
+    asked = (question, max_new_tokens, grammar, stride_s, window_s)
+    request = Request(tuple(dict.fromkeys(names)), *asked).check()
     producer = LocalProducer(model, ahead)
     if grammar:
         model.grammars()
@@ -229,7 +235,7 @@ class LocalProducer:
         if job.error is None and job.names:
             try:
                 clip = Clip.open([path], max_minutes=None, sha256=[job.sha256 or ""])
-                session = Session(self.model, clip, stride_s=request.stride_s)
+                session = Session(self.model, clip, stride_s=request.stride_s, window_s=request.window_s)
                 fitting = {task.name for task in session.applicable()}
                 session.prepare([name for name in job.names if name in fitting])
                 if _state(path) not in (before, None):

@@ -72,6 +72,8 @@ class Clip:
             media = [media]
         if not media:
             raise InputError("no media given; expected at least one video, picture or sound file")
+        if max_minutes is not None and not max_minutes > 0:
+            raise InputError(f"--max-minutes {max_minutes:g}: expected more than 0")
         forced = {Path(path): kind for path, kind in (kinds or {}).items()}
         entries: list[tuple[Path, str | None]] = []
         for entry in media:

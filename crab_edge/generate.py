@@ -34,6 +34,10 @@ KEPT_ENCODINGS = 8
 MEDIA = ("video", "image", "audio")
 
 
+class Cancelled(Exception):
+    """The caller asked to stop while a prompt was being read."""
+
+
 class Generator:
     """Greedy generation over one engine and its one KV cache. Not thread-safe: `Model` guards it."""
 
@@ -46,10 +50,18 @@ class Generator:
         self._prefix_position = 0
         self._encodings: OrderedDict[str, Encoded] = OrderedDict()
 
-    def start(self, shown: Shown, instruction: str, spent: Spent) -> tuple[NDArray[np.float32], int]:
+    def start(
+        self,
+        shown: Shown,
+        instruction: str,
+        spent: Spent,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> tuple[NDArray[np.float32], int]:
         """Fills the cache with the prompt: logits of its last token, and the position of the answer's first.
 
-        Raises InputError when prompt and one token of answer are more than the model can hold.
+        Raises InputError when prompt and one token of answer are more than the model can hold; Cancelled,
+        before an encoder or a chunk of the prompt, once `cancelled` says so: a whole prefix stays, a part
+        of one doesn't.
         """
         suffix = self.bundle.prompt.suffix(instruction)
         if self._prefix == shown.key and self.engine.length >= self._prefix_length:
@@ -58,28 +70,29 @@ class Generator:
             spent.prompt_tokens += self._prefix_length + len(suffix)
             self._check_room(self._prefix_length + len(suffix))
         else:
-            self._fill_prefix(shown, len(suffix), spent)
-        started = time.perf_counter()
+            self._fill_prefix(shown, len(suffix), spent, cancelled)
         positions = tmrope(
             suffix, self.bundle.prompt.special, (), self.bundle.features, start=self._prefix_position
         )
-        logits = self._forward(self.bundle.embedding.rows(suffix), positions)
-        spent.prefill_s += time.perf_counter() - started
+        logits = self._forward(self.bundle.embedding.rows(suffix), positions, spent, cancelled)
         return logits, next_position(positions)
 
-    def _fill_prefix(self, shown: Shown, suffix_length: int, spent: Spent) -> None:
-        encoded = [self._encode(part, spent) for part in shown.parts]
-        started = time.perf_counter()
+    def _fill_prefix(
+        self, shown: Shown, suffix_length: int, spent: Spent, cancelled: Callable[[], bool] | None
+    ) -> None:
+        encoded = []
+        for part in shown.parts:
+            _leave_if(cancelled)
+            encoded.append(self._encode(part, spent))
         ids = self.bundle.prompt.prefix(shown.lead, [item for item, _ in encoded])
         spent.prompt_tokens += len(ids) + suffix_length
         self._check_room(len(ids) + suffix_length)
         embeds, positions = self._prefix_inputs(ids, encoded)
         self._prefix = None
         self.engine.rewind(0)
-        self._forward(embeds, positions)
+        self._forward(embeds, positions, spent, cancelled)
         self._prefix, self._prefix_length = shown.key, len(ids)
         self._prefix_position = next_position(positions)
-        spent.prefill_s += time.perf_counter() - started
 
     def _prefix_inputs(
         self, ids: NDArray[np.int64], encoded: Sequence[Encoded]
@@ -141,13 +154,24 @@ class Generator:
                 "give a shorter clip or question"
             )
 
-    def _forward(self, embeds: NDArray[np.float32], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """embeds [S, H], positions [3, S], in chunks; logits [V] of the last token."""
+    def _forward(
+        self,
+        embeds: NDArray[np.float32],
+        positions: NDArray[np.int64],
+        spent: Spent,
+        cancelled: Callable[[], bool] | None,
+    ) -> NDArray[np.float32]:
+        """embeds [S, H], positions [3, S], in chunks; logits [V] of the last token. May be Cancelled."""
         logits = None
         step = prefill_chunk(embeds.shape[1])
-        for begin in range(0, len(embeds), step):
-            chunk = slice(begin, begin + step)
-            logits = self.engine.forward(embeds[None, chunk], positions[:, None, chunk])
+        started = time.perf_counter()
+        try:
+            for begin in range(0, len(embeds), step):
+                _leave_if(cancelled)
+                chunk = slice(begin, begin + step)
+                logits = self.engine.forward(embeds[None, chunk], positions[:, None, chunk])
+        finally:
+            spent.prefill_s += time.perf_counter() - started
         assert logits is not None
         return logits
 
@@ -187,3 +211,8 @@ class Generator:
             if count + 1 < limit:
                 embeds = self.bundle.embedding.rows(np.array([token]))[None]
                 logits = self.engine.forward(embeds, np.full((3, 1, 1), position + count, np.int64))
+
+
+def _leave_if(cancelled: Callable[[], bool] | None) -> None:
+    if cancelled is not None and cancelled():
+        raise Cancelled

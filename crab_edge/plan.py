@@ -114,7 +114,8 @@ class Plan:
 
 def plan(shape: ModelShape, recipe: WeightRecipe, wish: Wish) -> Plan:
     """Predict `wish` for a model of `shape` stored by `recipe`. InputError for a wish that makes no sense."""
-    if wish.seconds < 0 or wish.frames < 0 or wish.window_s <= 0 or (not wish.frames and not wish.seconds):
+    sensible = 0 <= wish.seconds < math.inf and wish.frames >= 0 and 0 < wish.window_s < math.inf
+    if not sensible or (not wish.frames and not wish.seconds):
         raise InputError(
             f"a clip of {wish.seconds:g} s with {wish.frames} frames in windows of {wish.window_s:g} s can't "
             "be planned; expected lengths above 0"

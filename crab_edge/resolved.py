@@ -36,11 +36,11 @@ def streams(clip: Clip) -> tuple[str, ...]:
     return tuple(name for name, count in counts.items() for _ in range(count))
 
 
-def check_stride(stride_s: float | None) -> None:
+def check_stride(stride_s: float | None, window_s: float = WINDOW_S) -> None:
     """InputError unless windows that start so far apart leave nothing out and aren't too many."""
-    if stride_s is not None and not SHORTEST_STRIDE_S <= stride_s <= WINDOW_S:
+    if stride_s is not None and not SHORTEST_STRIDE_S <= stride_s <= window_s:
         raise InputError(
-            f"a stride of {stride_s:g} s: expected {SHORTEST_STRIDE_S:g} to {WINDOW_S:g} s, a window's length"
+            f"a stride of {stride_s:g} s: expected {SHORTEST_STRIDE_S:g} to {window_s:g} s, a window's length"
         )
 
 
@@ -61,6 +61,14 @@ def check_window(window_s: float) -> None:
         raise InputError(
             f"windows of {window_s:g} s: expected {WINDOW_S:g} s, which the model was trained on, to "
             f"{LONGEST_WINDOW_S:g} s"
+        )
+
+
+def check_grammar(window_s: float) -> None:
+    """InputError for windows whose answers the grammars don't know."""
+    if window_s > WINDOW_S:
+        raise InputError(
+            f"--grammar knows answers about windows of {WINDOW_S:g} s; leave out it or the longer window"
         )
 
 

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from crab_edge.errors import InputError
+from crab_edge.staging import staged_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -192,15 +193,9 @@ def _line(value: dict[str, Any]) -> bytes:
 
 def _replace(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
     """Lets `write` fill a file beside `path`, then puts it there."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        try:
-            with part.open("wb") as file:
-                write(file)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with staged_file(path, overwrite=True) as part, part.open("wb") as file:
+            write(file)
     except OSError as error:
         raise InputError(
             f"{path}: the router trace can't be written ({error.strerror}); choose another place"

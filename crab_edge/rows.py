@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 from crab_edge.errors import InputError
 from crab_edge.results import Answer
 
-ROW_VERSION = 2
+ROW_VERSION = 3
 #: Fields that, with the clip, say which row it is: another value of one makes another row.
-ASKED = ("bundle", "task", "question", "grammar", "stride_s", "max_new_tokens")
+ASKED = ("bundle", "task", "question", "grammar", "window_s", "stride_s", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Row:
         engine: dict[str, Any],
         question: str | None = None,
         grammar: bool = False,
+        window_s: float | None = None,
         stride_s: float | None = None,
         max_new_tokens: int | None = None,
     ) -> dict[str, Any]:
@@ -70,6 +71,7 @@ class Row:
             "task": self.task,
             "question": question,
             "grammar": grammar,
+            "window_s": window_s,
             "stride_s": stride_s,
             "max_new_tokens": max_new_tokens,
         }
@@ -139,11 +141,12 @@ def _row(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
     return row
 
 
-def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: str | Path, *, without: Collection[int] = ()) -> Iterator[dict[str, Any]]:
     """The rows of a folder or file that `crab-edge analyze` wrote, as dictionaries, each counted once.
 
-    While a run with `--retry-errors` is under way, the file may hold an error row and, later, the row that
-    takes its place; here only the later one comes. InputError for a file that isn't one.
+    While a run is under way, the file may hold an error row and, later, the row of the same path that takes
+    its place; here only the later one comes. `without`: numbers (from 0) of lines to leave out as well.
+    InputError for a file that isn't one.
     """
     file = Path(path) / "rows.jsonl" if Path(path).is_dir() else Path(path)
     try:
@@ -152,7 +155,7 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
             count, gone = _superseded(_lines(file, opened))
             opened.seek(0)
             for number, (row, _) in zip(range(count), _lines(file, opened), strict=False):
-                if number not in gone:
+                if number not in gone and number not in without:
                     yield row
     except OSError as error:
         raise InputError(f"{file}: can't be read ({error.strerror}); give the --out of a run") from error

@@ -19,11 +19,12 @@ from crab_edge.asked import Asked
 from crab_edge.bundle import Bundle, default_bundle
 from crab_edge.clip import Clip, Window
 from crab_edge.errors import CrabError, InputError, TaskError
-from crab_edge.generate import Generator
+from crab_edge.generate import Cancelled, Generator
 from crab_edge.guide import guide
 from crab_edge.resolved import (
     WINDOW_S,
     Spent,
+    check_grammar,
     check_stride,
     check_window,
     context,
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 
 QUESTION_TASK = "avqa"
 MAX_NEW_TOKENS = 512
-# Frames of this many windows are decoded in one go; more would hold hours of video in memory.
-WINDOWS_AHEAD = 30
+# Frames of so many seconds of windows are decoded in one go; more would hold hours of video in memory.
+AHEAD_S = 300.0
 
 
 def load(
@@ -179,12 +180,14 @@ class Session:
     def __init__(
         self, model: Model, clip: Clip, *, stride_s: float | None = None, window_s: float = WINDOW_S
     ) -> None:
-        check_stride(stride_s)
         check_window(window_s)
+        check_stride(stride_s, window_s)
         self.model = model
         self.clip = clip
         self.stride_s = stride_s
         self.window_s = window_s
+        self._ahead = max(1, int(AHEAD_S / window_s))
+        """Windows whose frames are decoded in one go."""
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -310,10 +313,8 @@ class Session:
         if reason is not None:
             raise TaskError(f"{reason}; {self._hint()}")
         recipe = self._recipe(task)
-        if grammar and recipe.windowed and self.window_s > WINDOW_S:
-            raise InputError(
-                f"--grammar knows answers about windows of {WINDOW_S:g} s; leave out it or the longer window"
-            )
+        if grammar and recipe.windowed:
+            check_grammar(self.window_s)
         notices = [f"task {task.name} doesn't use the clip's {kind}" for kind in unused(self.clip, recipe)]
         if recipe.units and any(heard(recipe, audio.waveform(), frame)[1] for audio in self.clip.audios):
             notices.append(
@@ -345,7 +346,9 @@ class Session:
 
     def _hint(self) -> str:
         names = [task.name for task in self.applicable()]
-        return f"tasks that apply: {', '.join(names)}" if names else "no task applies to this clip"
+        if names:
+            return f"tasks that apply: {', '.join(names)}"
+        return "no task takes such a clip; say which file is for what with --video, --image and --audio"
 
     def prepare(self, names: Sequence[str]) -> None:
         """Decodes what these tasks will need, without touching the engine: for reading ahead in a thread.
@@ -355,7 +358,7 @@ class Session:
         """
         recipes = [self._recipe(tasks.get(name)) for name in names]
         plan = [(recipe, self._windows(recipe)) for recipe in dict.fromkeys(recipes)]
-        self._prefetch([(recipe, cut[:WINDOWS_AHEAD]) for recipe, cut in plan], Spent())
+        self._prefetch([(recipe, cut[: self._ahead]) for recipe, cut in plan], Spent())
         for recipe, cut in plan:
             for audio in self.clip.audios[: recipe.audios]:
                 if cut[0] is not None and audio.audible(cut[0]):
@@ -369,12 +372,12 @@ class Session:
             if any(asked.router for group in groups for asked in group):
                 tracer = self.model.traceable().tracer()
             plan = [(group, self._windows(group[0].recipe)) for group in groups]
-            ahead = [(group[0].recipe, cut[:WINDOWS_AHEAD]) for group, cut in plan]
+            ahead = [(group[0].recipe, cut[: self._ahead]) for group, cut in plan]
             self._prefetch(ahead, groups[0][0].spent)
             for group, cut in plan:
                 for number, window in enumerate(cut):
-                    if number and number % WINDOWS_AHEAD == 0:
-                        coming = cut[number : number + WINDOWS_AHEAD]
+                    if number and number % self._ahead == 0:
+                        coming = cut[number : number + self._ahead]
                         self._prefetch([(group[0].recipe, coming)], group[0].spent)
                     for asked in group:
                         if number:
@@ -407,7 +410,10 @@ class Session:
         about = context(self.clip, asked.recipe, window)
         held = guide(self.model.grammars(), asked.task, about, asked.limit) if asked.grammar else None
         shown = resolve(self.clip, asked.recipe, window, spent, asked.frame)
-        logits, position = generator.start(shown, asked.instruction, spent)
+        try:
+            logits, position = generator.start(shown, asked.instruction, spent, asked.cancelled)
+        except Cancelled:
+            return
         text = self.model.bundle.prompt.stream_decoder()
         ids: list[int] = []
         tokens = generator.tokens(logits, position, asked.limit, asked.cancelled, held)

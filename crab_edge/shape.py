@@ -162,7 +162,10 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: can't be read ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise ModelError(
+            f"{path}: can't be read ({reason}); give a directory in Hugging Face's layout"
+        ) from None
     if not isinstance(content, dict):
         raise ModelError(f"{path}: holds a {type(content).__name__}, expected an object")
     return content

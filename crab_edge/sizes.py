@@ -16,6 +16,8 @@ from crab_edge.shape import KNOWN, AdapterShape, ModelShape
 
 IMAGE = 224
 PLANES = {"residual4x2": 2, "plane4": 1}
+# By the decoder's bits; the exporter's rule.
+EXPERTS = {4: ("residual4x2", "plane4", "unfolded8"), 8: ("unfolded8",), 32: ("float",)}
 ALIGNMENT = 4096
 INLINE_BYTES = 1024
 
@@ -52,13 +54,23 @@ def recipe_for(shape: ModelShape, bits: int = 4, block: int = 32, experts: str =
         raise InputError(f"--bits: expected 4, 8 or 32, got {bits}")
     if block not in (16, 32, 64, 128, 256):
         raise InputError(f"--block: expected 16, 32, 64, 128 or 256, got {block}")
+    forms = EXPERTS[bits]
+    if experts != "auto" and experts not in forms:
+        raise InputError(
+            f"--experts {experts} doesn't go with --bits {bits}; choose one of: auto, {', '.join(forms)}"
+        )
     if bits == 32:
         return replace(FLOAT, block=block, block8=block)
+    ranks = [shape.adapter.rank * shape.adapter.experts] if shape.adapter else []
+    widths = [shape.hidden, shape.heads * shape.head_dim, shape.intermediate, *ranks]
+    even = not any(width % block for width in widths)
     if experts == "auto":
-        ranks = [shape.adapter.rank * shape.adapter.experts] if shape.adapter else []
-        widths = [shape.hidden, shape.heads * shape.head_dim, shape.intermediate, *ranks]
-        even = not any(width % block for width in widths)
         experts = "residual4x2" if bits == 4 and even else "unfolded8"
+    elif experts in PLANES and not even:
+        raise InputError(
+            f"--experts {experts} needs widths that are multiples of the block {block}, and {shape.name} has "
+            "others; choose --experts unfolded8"
+        )
     widths = [shape.hidden, shape.vision["hidden_size"], shape.audio["d_model"]]
     return WeightRecipe(bits, block, eight_bit_block(bits, block, widths), experts)
 

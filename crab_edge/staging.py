@@ -107,7 +107,7 @@ def _writable(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{out}: can't be written ({error.strerror or error}); choose another --out"
+            f"{out}: can't be written ({error.strerror or error}); choose another place"
         ) from None
 
 

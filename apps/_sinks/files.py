@@ -62,6 +62,7 @@ def unfinished_file(path: Path) -> Iterator[Path]:
 
     CrabError when it can't be made or put in place; the block's own errors pass.
     """
+    # Not `crab_edge.staging`: there are thousands, and they needn't be synced, since they can be made again.
     try:
         handle, name = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX, dir=path.parent)
     except OSError as error:

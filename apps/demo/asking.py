@@ -49,7 +49,7 @@ def all_tasks(job: Job, session: Session, question: str | None, names: list[str]
     steps = 0
 
     def stopped() -> bool:
-        # Asked once a token.
+        # Asked once a token, and now and then before an answer's first.
         nonlocal steps
         steps += 1
         if steps % 8 == 0:

@@ -89,13 +89,17 @@ def video_link(visitor: Visitor, path: Path, language: str) -> str:
 
 
 def make_video(visitor: Visitor, progress: Callable[[float], None]) -> Path:
-    """Draws all answers into the clip's video; in the decoding thread. `progress` gets the share done."""
+    """Draws all answers into the clip's video; in the decoding thread. `progress` gets the share done.
+
+    The one made before stays, since the page may still be loading it; older ones go.
+    """
     from crab_edge_apps._draw import annotate_video
 
     video = visitor.media[visitor.facts.kinds.index("video")]
     out = visitor.folder / f"annotated-{visitor.number}.mp4"
-    visitor.number += 1
     annotate_video(video, _told(visitor), out, progress=progress)
+    (visitor.folder / f"annotated-{visitor.number - 2}.mp4").unlink(missing_ok=True)
+    visitor.number += 1
     return out
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import unquote
 
@@ -50,29 +51,46 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware. `has_room(bytes)`: whether an upload fits; `local`: answer to loopback names only."""
+    """ASGI middleware. `local`: answer to loopback names only.
+
+    `reserved(bytes)`: a context that keeps room for an upload while it arrives; gives whether there is any.
+    """
 
     def __init__(
-        self, app: Any, *, local: bool, max_upload: int, has_room: Callable[[int], bool], host: str = ""
+        self,
+        app: Any,
+        *,
+        local: bool,
+        max_upload: int,
+        reserved: Callable[[int], AbstractContextManager[bool]],
+        host: str = "",
     ) -> None:
         self.app = app
         self._names = {*_LOOPBACK, host} if local else None
         self._max_upload = max_upload
-        self._has_room = has_room
+        self._reserved = reserved
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         refusal = self._refusal(scope)
-        if refusal is None and scope["method"] == "POST" and not _path(scope).endswith("/upload"):
+        if refusal is None and _is_upload(scope):
+            with self._reserved(_length(scope)) as room:
+                if room:
+                    await self._pass(scope, receive, send)
+                    return
+            refusal = 507, "no room for more uploads at the moment; try again later"
+        if refusal is None and scope["method"] == "POST":
             body = await _body(receive)
             refusal = _bad_body(scope, body)
             receive = _replay(body or b"", receive)
         if refusal is not None:
             await _answer(send, *refusal)
             return
+        await self._pass(scope, receive, send)
 
+    async def _pass(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         async def send_with_headers(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
@@ -90,19 +108,26 @@ class Guard:
             return 404, "there is no such page here"
         if path.lower().startswith(("/gradio_api/file=http:", "/gradio_api/file=https:")):
             return 403, "nothing is fetched from elsewhere"
-        if path.endswith("/upload"):
-            length = headers.get(b"content-length", b"")
-            if not length.isdigit():
+        if _is_upload(scope):
+            # A chunked body goes before a stated length, and may be longer.
+            if b"transfer-encoding" in headers or not headers.get(b"content-length", b"").isdigit():
                 return 411, "say how long the upload is (Content-Length)"
-            if int(length) > self._max_upload + _SLACK:
-                return 413, f"too large: {int(length) / 1e6:.0f} MB, at most {self._max_upload / 1e6:.0f}"
-            if not self._has_room(int(length)):
-                return 507, "no room for more uploads at the moment; try again later"
+            length = _length(scope)
+            if length > self._max_upload + _SLACK:
+                return 413, f"too large: {length / 1e6:.0f} MB, at most {self._max_upload / 1e6:.0f}"
         return None
 
 
 def _path(scope: dict[str, Any]) -> str:
     return unquote(scope["path"])
+
+
+def _is_upload(scope: dict[str, Any]) -> bool:
+    return _path(scope).endswith("/upload")
+
+
+def _length(scope: dict[str, Any]) -> int:
+    return int(dict(scope["headers"])[b"content-length"])
 
 
 def _host(headers: dict[bytes, bytes]) -> str:

@@ -44,6 +44,8 @@ class Settings:
         for name, value in (("--max-mb", self.max_mb), ("--max-minutes", self.max_minutes)):
             if not 0 < value < float("inf"):
                 raise InputError(f"{name} {value:g}: expected more than 0")
+        if not self.host.strip():
+            raise InputError("--host is empty; give an address, or leave it out for this machine only")
         if self.password is not None and not self.password.strip():
             raise InputError("--password is empty; give one, or leave the option out")
 
@@ -87,7 +89,7 @@ class Server:
             local=is_loopback(settings.host) and not settings.share,
             host=settings.host,
             max_upload=max_bytes,
-            has_room=self.store.has_room,
+            reserved=self.store.reserved,
         )
         self.blocks.queue(max_size=_QUEUED_EVENTS, default_concurrency_limit=None, api_open=False)
         self.blocks.launch(

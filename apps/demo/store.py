@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +43,9 @@ class Store:
         self.uploads = self.root / "uploads"
         self.uploads.mkdir(mode=0o700)
         self._taken: dict[Path, Path] = {}
+        self._reserved = 0
+        # No file is moved while the files are counted: one could be missed.
+        self._counting = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._sweep_regularly, name="demo-sweep", daemon=True).start()
 
@@ -84,12 +88,13 @@ class Store:
         suffix = upload.suffix.lower()
         place = folder / f"{number}{suffix if suffix in _SUFFIXES else '.bin'}"
         try:
-            if not upload.exists():
-                os.link(self._taken[upload], place)
-            elif shown:
-                os.link(upload, place)
-            else:
-                os.replace(upload, place)
+            with self._counting:
+                if not upload.exists():
+                    os.link(self._taken[upload], place)
+                elif shown:
+                    os.link(upload, place)
+                else:
+                    os.replace(upload, place)
         except KeyError:
             raise InputError("the uploaded file is gone; upload it again") from None
         except OSError as error:
@@ -106,9 +111,20 @@ class Store:
             upload.unlink(missing_ok=True)
             upload.parent.rmdir()
 
-    def has_room(self, size: int) -> bool:
-        """Whether `size` more bytes fit into what the folder may take."""
-        return self.used() + size <= self.max_bytes
+    @contextlib.contextmanager
+    def reserved(self, size: int) -> Iterator[bool]:
+        """Keeps room for `size` more bytes while the block lasts; gives False if they don't fit.
+
+        What arrives meanwhile lies in the folder as well, so it counts twice until the block ends.
+        """
+        with self._counting:
+            fits = self.used() + self._reserved + size <= self.max_bytes
+            self._reserved += size if fits else 0
+        try:
+            yield fits
+        finally:
+            with self._counting:
+                self._reserved -= size if fits else 0
 
     def used(self) -> int:
         """Bytes of all files in the folder."""

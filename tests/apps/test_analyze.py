@@ -50,7 +50,7 @@ def test_one_row_for_each_clip_and_task(cli, folder, tmp_path):
     good = found["b.mp4", "avcap"]
     assert good["raw"] == CAPTION and good["parsed"] == [{"type": "caption", "text": CAPTION}]
     assert good["duration_s"] == pytest.approx(8, abs=0.1) and good["bundle"].startswith("fake/w4@")
-    assert len(good["sha256"]) == 64 and good["version"] == 2 and good["engine"] == {"name": "fake"}
+    assert len(good["sha256"]) == 64 and good["version"] == 3 and good["engine"] == {"name": "fake"}
     broken = found["deep/broken.mp4", "ave"]["error"]
     assert (
         broken["type"] == "MediaError" and "broken.mp4" in broken["message"] and "\n" not in broken["message"]
@@ -148,8 +148,27 @@ def test_nothing_to_read(cli, tmp_path, folder):
         "analyze", tmp_path / "gone.mp4", folder / "notes.txt", "--task", "avcap", "--out", tmp_path / "out"
     )
     assert ran.code == 2 and "none of the 2 files could be read" in ran.err
+    whole = (tmp_path / "out" / "rows.jsonl").read_bytes()
+    for more in ([], ["--retry-errors"]):
+        ran = cli(
+            *("analyze", tmp_path / "gone.mp4", folder / "notes.txt", *more),
+            *("--task", "avcap", "--out", tmp_path / "out"),
+        )
+        assert ran.code == 2 and "none of the 2 files could be read" in ran.err, "every time"
+        assert (tmp_path / "out" / "rows.jsonl").read_bytes() == whole
     assert [row["error"]["type"] for row in rows(tmp_path / "out")] == ["MediaError"] * 2
     assert "gone.mp4" in rows(tmp_path / "out")[0]["error"]["message"]
+    options = ["--task", "avcap", "--out", tmp_path / "out"]
+    for _ in range(2):
+        ran = cli("analyze", tmp_path / "gone.mp4", folder / "b.mp4", *options, answers_=CAPTION)
+        assert ran.code == 0, ran.err
+
+
+def test_a_file_that_could_be_opened_counts(cli, clips, tmp_path):
+    """Its task doesn't apply: an error row, but no mistyped path."""
+    for _ in range(2):
+        ran = cli("analyze", clips["mute"], "--task", "ave", "--out", tmp_path)
+        assert ran.code == 0 and "error" in rows(tmp_path)[0], ran.err
 
 
 def test_two_runs_do_not_share_an_output(cli, clips, tmp_path):

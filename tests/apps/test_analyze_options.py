@@ -65,7 +65,11 @@ def test_a_list_on_standard_input(named, folder, monkeypatch):
         (["@nowhere.txt"], "list can't be read"),
         (["--list", "nowhere.txt"], "list can't be read"),
         ([], "no media given"),
-        (["in", "--stride", "11"], "stride"),
+        (["in", "--stride", "11"], "a stride of 11 s: expected 1 to 10 s"),
+        (["in", "--stride", "31", "--window", "30"], "a stride of 31 s: expected 1 to 30 s"),
+        (["in", "--window", "61"], "windows of 61 s"),
+        (["in", "--window", "nan"], "windows of nan s"),
+        (["in", "--window", "20", "--grammar"], "--grammar"),
         (["in", "--sink", "gif"], "unknown sink 'gif'"),
         (["in", "--workers", "2"], "--workers is for --ray"),
     ],
@@ -86,14 +90,16 @@ def test_what_is_asked_otherwise_is_another_row(cli, clips, tmp_path):
     assert count("--stride", "5") == 2 and count("--stride", "5") == 2
     assert count("--max-tokens", "3") == 3 and count() == 3
     assert [row["max_new_tokens"] for row in read_rows(tmp_path)] == [512, 512, 3]
-    assert [row["stride_s"] for row in read_rows(tmp_path)] == [10, 5, 10]
+    assert count("--window", "60") == 4 and count("--window", "60", "--stride", "60") == 4
+    asked = [(row["window_s"], row["stride_s"]) for row in read_rows(tmp_path)]
+    assert asked == [(10, 10), (10, 5), (10, 10), (60, 60)]
 
 
 def test_rows_of_another_version_are_left_alone(cli, clips, tmp_path):
-    old = '{"version": 1, "media": ["a"], "task": "ave"}\n'
+    old = '{"version": 2, "media": ["a"], "task": "ave"}\n'
     (tmp_path / "rows.jsonl").write_text(old)
     ran = cli("analyze", clips["av"], "--task", "avcap", "--out", tmp_path)
-    assert ran.code == 2 and "row version 1, expected 2" in ran.err
+    assert ran.code == 2 and "row version 2, expected 3" in ran.err
     assert (tmp_path / "rows.jsonl").read_text() == old
 
 
@@ -163,7 +169,7 @@ def sinks(monkeypatch):
         return opened[-1]
 
     module = types.ModuleType("crab_edge_apps._sinks")
-    module.NAMES = ("csv", "srt", "vtt", "video")
+    module.NAMES, module.DRAWN = ("csv", "srt", "vtt", "video"), "video"
     module.open_sinks = open_sinks
     monkeypatch.setitem(sys.modules, "crab_edge_apps._sinks", module)
     return types.SimpleNamespace(opened=opened, failing=failing)

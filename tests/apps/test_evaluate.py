@@ -94,6 +94,17 @@ def test_a_killed_run_goes_on_where_it_stopped(data, monkeypatch, tmp_path):
     assert len(model.asked) == 2
 
 
+def test_a_full_disk_at_the_end_loses_no_prediction(data, model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        verb.run(None, data, ["ave"], out=tmp_path / "out")
+    (path,) = (path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert len(path.read_text().splitlines()) == 3
+
+
 def test_a_changed_record_is_asked_again(data, model, tmp_path):
     verb.run(None, data, ["ave"], out=tmp_path)
     write_lists(data, {"ave/test": [ave("a"), ave("b", "cow"), ave("c", "cat")]})

@@ -27,6 +27,12 @@ def test_it_names_the_nearest_plan(capsys):
     assert "no plan fits" in capsys.readouterr().out
 
 
+def test_a_long_window_has_the_frames_that_ask_shows(capsys):
+    assert run(["plan", "7b", "--length", "60", "--window", "60", "--memory", "24GB", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["frames"] == 60 and record["tokens"]["video"] == 1920 and record["tokens"]["audio"] == 1500
+
+
 def test_directories_and_bundles(tmp_path, capsys):
     from crab_edge.bundle import default_bundle
 
@@ -47,7 +53,19 @@ def test_directories_and_bundles(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["9b"], ["7b", "--memory", "lots"], ["7b", "--kv", "int8"], ["7b", "--bits", "3"], ["7b", "--measure"]],
+    [
+        ["9b"],
+        ["7b", "--memory", "lots"],
+        ["7b", "--kv", "int8"],
+        ["7b", "--bits", "3"],
+        ["7b", "--measure"],
+        ["7b", "--length", "nan"],
+        ["7b", "--length", "inf"],
+        ["7b", "--window", "300"],
+        ["7b", "--experts", "foo"],
+        ["7b", "--answer", "-1"],
+        ["."],
+    ],
 )
 def test_bad_input(arguments, capsys):
     assert run(["plan", *arguments]) == 2

@@ -114,6 +114,16 @@ def test_a_question_without_media(refused):
     refused("ask", words=["no media"])
 
 
+def test_words_and_numbers_that_say_nothing(refused, clip):
+    refused("ask", clip, "", words=["empty word", "QUESTION"])
+    for wrong in ("nan", "0", "-1"):
+        refused("ask", clip, "--max-minutes", wrong, words=["--max-minutes", "more than 0"])
+
+
+def test_media_that_go_with_no_task(refused, clip):
+    refused("ask", clip, clip, "Is there a dog?", words=["2 were given", "--video, --image and --audio"])
+
+
 def test_hours_of_video(refused, tmp_path):
     media.video(tmp_path / "hours.mp4", seconds=2 * 3600, fps=1, width=16, height=16, sound=False, gop=600)
     refused("ask", "hours.mp4", words=["hours.mp4", "120", "10", "crab-edge analyze", "--max-minutes"])

@@ -109,6 +109,15 @@ def test_overlapping_windows_go_once_through_the_sound(model, clips, counted):
     assert counted["sound files"] <= 2 + 1
 
 
+def test_longer_windows_reach_the_decoder_and_the_model(model, clips, counted):
+    """125 s in windows of 40 s, one every 30 s."""
+    (row, _) = list(model.analyze([clips["long"]], ["avcap", "ave"], stride_s=30, window_s=40))
+    starts = [caption.window for caption in row.answer.parsed]
+    assert [start for start, _ in starts] == [0, 30, 60, 90] and starts[0] == (0, 40)
+    assert model.engine.vision_calls == [20 * 256] * 4
+    assert counted["frames"] == 125 and counted["sounds"] == 4, "no frame and no sound twice"
+
+
 def test_the_stride_changes_nothing_for_short_clips(bundle, clips):
     def run(stride):
         model = Model(bundle, FakeEngine(bundle, "<event>dog, (2 7)</event>"))
@@ -199,6 +208,9 @@ def test_wrong_requests_are_refused_before_anything_is_read(model):
         ([], {}, InputError),
         (["avqa"], {}, TaskError),
         (["ave"], {"stride_s": 11}, InputError),
+        (["ave"], {"stride_s": 21, "window_s": 20}, InputError),
+        (["ave"], {"window_s": 5}, InputError),
+        (["ave"], {"window_s": 20, "grammar": True}, InputError),
     ):
         with pytest.raises(error):
             model.analyze(["nowhere.mp4"], tasks, **options)

@@ -108,7 +108,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("crab_edge.router.os.replace", fail)
+    monkeypatch.setattr("crab_edge.staging.os.replace", fail)
     with pytest.raises(InputError, match="No space left"):
         trace(seed=1).save(tmp_path / "t.jsonl")
     assert (tmp_path / "t.jsonl").read_bytes() == old

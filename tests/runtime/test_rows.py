@@ -12,7 +12,14 @@ from crab_edge.errors import InputError, MediaError
 from crab_edge.results import Answer, Box, Caption, Choice, Event, Mask, Points, Timings, Unparsed
 from crab_edge.rows import Row, RowError, media_paths, read_rows
 
-ASKED = {"bundle": "b/w4@01", "question": None, "grammar": False, "stride_s": 10.0, "max_new_tokens": 512}
+ASKED = {
+    "bundle": "b/w4@01",
+    "question": None,
+    "grammar": False,
+    "window_s": 10.0,
+    "stride_s": 10.0,
+    "max_new_tokens": 512,
+}
 EVERYTHING = (
     Event("dog", 1.0, 2.5, "audio-visual"),
     Box("dog", -1.5, 0, 10, 20, window=(0.0, 10.0)),
@@ -114,7 +121,7 @@ def test_files_that_hold_no_rows(tmp_path):
     for text, words in (
         ('{"my": "data"}\n', "line 1 is no row"),
         (json.dumps(line(failed())) + "\n[]\n", "line 2 is no row"),
-        (json.dumps(line(failed()) | {"version": 7}) + "\n", "row version 7, expected 2"),
+        (json.dumps(line(failed()) | {"version": 7}) + "\n", "row version 7, expected 3"),
         (json.dumps(line(failed()) | {"media": 3}) + "\n", "line 1 is no row"),
     ):
         path.write_text(text)

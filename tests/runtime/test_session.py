@@ -8,7 +8,7 @@ import pytest
 from crab_edge.bundle import Bundle
 from crab_edge.errors import CrabError, EngineError, InputError, TaskError
 from crab_edge.results import Box, Caption, Choice, Event
-from crab_edge.session import Model, load
+from crab_edge.session import Model, Session, load
 from tests import media
 from tests.fake_bundle import FakeEngine, write_fake_bundle
 
@@ -204,6 +204,21 @@ def test_a_longer_window_shows_as_many_frames_a_second(bundle, clips):
     assert [event.start_s for event in halves.ask(task="ave").parsed] == [2.0, 22.0]
 
 
+def test_the_frames_of_long_windows_are_decoded_in_portions(bundle, clips, monkeypatch):
+    """As many seconds at a time as of short windows."""
+    monkeypatch.setattr("crab_edge.session.AHEAD_S", 24.0)
+    portions = []
+    real = Session._prefetch
+    monkeypatch.setattr(
+        Session,
+        "_prefetch",
+        lambda self, plan, spent: portions.append([len(cut) for _, cut in plan]) or real(self, plan, spent),
+    )
+    for options in ({}, {"stride_s": 3, "window_s": 12}, {"window_s": 13}):
+        Model(bundle, FakeEngine(bundle, "x")).open(clips["long"], **options).ask(task="avcap")
+    assert portions == [[2], [1], [2], [2], [1], [1], [1]]
+
+
 def test_a_short_clip_is_the_same_in_any_window(bundle, clips):
     engines = [FakeEngine(bundle, AVE) for _ in range(2)]
     for engine, window_s in zip(engines, (10, 60), strict=True):
@@ -279,6 +294,32 @@ def test_cancelling(opened):
     answer = session.ask(task="avcap", cancelled=lambda: polls.append(1) or len(polls) > 4)
     assert "stopped" in answer.notices[-1] and len(engine.vision_calls) == 1
     assert "a dog and a cat".startswith(answer.raw)
+
+
+@pytest.mark.parametrize(("chunks", "kept"), [(3, False), (6, True), (7, True)])
+def test_cancelling_while_a_prompt_is_read(opened, monkeypatch, chunks, kept):
+    """Six chunks are the prefix, the question is more than one; asked again, the rest is the same."""
+    monkeypatch.setattr("crab_edge.generate.prefill_chunk", lambda width: 100)
+    question = "Is there a dog? " * 60
+    whole, undisturbed = opened("yes", "av")
+    assert whole.ask(question).raw == "yes" and len(undisturbed.forwards[5][1]) < 100
+    session, engine = opened("yes", "av")
+    answer = session.ask(question, cancelled=lambda: len(engine.forwards) == chunks)
+    assert answer.raw == "" and answer.parsed == () and "stopped" in answer.notices[-1]
+    assert len(engine.forwards) == chunks and answer.timings.prefill_s > 0
+    again = session.ask(question)
+    assert again.raw == "yes" and bool(again.timings.cached_tokens) == kept
+    rest = undisturbed.forwards[6 if kept else 0 :]
+    for done, expected in zip(engine.forwards[chunks:], rest, strict=True):
+        for one, other in zip(done, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_cancelling_between_encoders(opened):
+    session, engine = opened("a dog", "av")
+    answer = session.ask(task="avcap", cancelled=lambda: bool(engine.vision_calls))
+    assert "stopped" in answer.notices[-1] and not engine.audio_calls and not engine.forwards
+    assert session.ask(task="avcap").raw == "a dog" and len(engine.vision_calls) == 1
 
 
 def test_cut_off_answers_say_so(opened):

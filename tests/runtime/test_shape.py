@@ -89,6 +89,9 @@ def test_what_can_not_be_read(tmp_path):
         recipe_for(KNOWN["nano"], 3)
     with pytest.raises(InputError, match="--block"):
         recipe_for(KNOWN["nano"], 4, 48)
+    for bits, block, experts in ((4, 32, "foo"), (8, 32, "plane4"), (32, 32, "plane4"), (4, 256, "plane4")):
+        with pytest.raises(InputError, match="--experts"):
+            recipe_for(KNOWN["nano"], bits, block, experts)
 
 
 def test_a_wide_block_for_eight_bits_only_where_nothing_is_padded():

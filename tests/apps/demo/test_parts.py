@@ -12,14 +12,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from crab_edge_apps.demo import answers, markup, panel, texts, timeline
+from crab_edge_apps.demo import answers, exports, markup, panel, texts, timeline
 from crab_edge_apps.demo.guard import Guard
 from crab_edge_apps.demo.look import Look, levels
 from crab_edge_apps.demo.store import PREFIX, Store, remove_abandoned
 from crab_edge_apps.demo.turns import Skipped, Turn
+from crab_edge_apps.demo.visitors import Visitor
 from crab_edge_apps.demo.worker import Busy, Tick, Worker
 
-from crab_edge.errors import InputError
+from crab_edge.errors import CrabError, InputError
 from crab_edge.results import Answer, Box, Caption, Choice, Event, Timings, Unparsed
 
 EVIL = """<img src=x onerror="alert(1)">'${alert(2)}{{3}}`"""
@@ -186,7 +187,9 @@ def test_the_folder_is_private_and_goes(tmp_path):
     assert names == ["c.mp4"]
     place = store.take(paths[0], store.new_folder(), 0)
     assert place.name == "0.bin" and place.stat().st_mode & 0o077 == 0 and not paths[0].exists()
-    assert store.has_room(300) and not store.has_room(500)
+    for size, fits in ((300, True), (500, False)):
+        with store.reserved(size) as room:
+            assert room == fits
     # Another visitor's equal upload lay at the same path.
     again, _ = store.uploaded([{"path": str(sent)}])
     second = store.take(again[0], store.new_folder(), 0)
@@ -215,6 +218,25 @@ def test_what_a_killed_run_left_is_removed_and_a_running_ones_is_not(tmp_path):
     assert not dead.exists() and alive.exists() and other.exists()
 
 
+def test_only_the_last_annotated_videos_stay(tmp_path, monkeypatch):
+    def annotate(video, told, out, progress):
+        progress(0.5)
+        out.touch()
+
+    def broken(share):
+        raise CrabError("stopped")
+
+    monkeypatch.setattr("crab_edge_apps._draw.annotate_video", annotate)
+    facts = SimpleNamespace(kinds=("video",))
+    visitor = Visitor(tmp_path, (tmp_path / "a.mp4",), ("a.mp4",), Look(1.0, (), None, 1.0), facts, None)
+    made = [exports.make_video(visitor, lambda share: None) for _ in range(3)]
+    with pytest.raises(CrabError):
+        exports.make_video(visitor, broken)
+    made.append(exports.make_video(visitor, lambda share: None))
+    assert len(set(made)) == 4, "no browser shows an old one under a new one's name"
+    assert sorted(tmp_path.iterdir()) == sorted(made[-2:])
+
+
 # The guard
 
 
@@ -238,6 +260,7 @@ def test_what_a_killed_run_left_is_removed_and_a_running_ones_is_not(tmp_path):
         ("/gradio_api/upload", {"content-length": "9000000"}, b"", 413),
         ("/gradio_api/upload", {"content-length": "100000"}, b"", 507),
         ("/gradio_api/upload", {"transfer-encoding": "chunked"}, b"", 411),
+        ("/gradio_api/upload", {"transfer-encoding": "chunked", "content-length": "1000"}, b"", 411),
         ("/gradio_api/vibe-edit", {}, b"", 404),
         ("/monitoring", {}, b"", 404),
     ],
@@ -255,15 +278,59 @@ def test_guard(path, headers, body, status):
     async def send(message):
         sent.append(message)
 
-    guard = Guard(app, local=True, max_upload=1_000_000, has_room=lambda size: size < 50_000)
-    given = {"host": "localhost:7860", **headers}
-    raw = [(name.encode(), value.encode()) for name, value in given.items()]
-    scope = {"type": "http", "path": path, "method": "POST", "headers": raw}
-    asyncio.run(guard(scope, receive, send))
+    guard = Guard(
+        app,
+        local=True,
+        max_upload=1_000_000,
+        reserved=lambda size: contextlib.nullcontext(size < 50_000),
+    )
+    asyncio.run(guard(posted(path, headers), receive, send))
     assert sent[0]["status"] == status and bool(reached) == (status == 200)
     assert any(name == b"content-security-policy" for name, _ in sent[0]["headers"])
     if reached:
         assert reached == [body]
+
+
+def posted(path, headers):
+    given = {"host": "localhost:7860", **headers}
+    raw = [(name.encode(), value.encode()) for name, value in given.items()]
+    return {"type": "http", "path": path, "method": "POST", "headers": raw}
+
+
+def test_uploads_at_one_time_share_the_room(tmp_path):
+    """Nothing is on the disk yet when the second one asks; a broken one gives its room back."""
+
+    async def run():
+        store, statuses, gate = Store(1000, parent=tmp_path), [], asyncio.Event()
+
+        async def app(scope, receive, send):
+            await gate.wait()
+            if await receive() is None:
+                raise OSError("gone")
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def send(message):
+            statuses.extend([message["status"]] if "status" in message else [])
+
+        async def upload(arrives, size=600):
+            async def receive():
+                return {"type": "http.request", "body": b""} if arrives else None
+
+            scope = posted("/gradio_api/upload", {"content-length": str(size)})
+            await Guard(app, local=True, max_upload=1000, reserved=store.reserved)(scope, receive, send)
+
+        broken = asyncio.create_task(upload(False))
+        await asyncio.sleep(0)
+        await upload(True)
+        assert statuses == [507]
+        gate.set()
+        with pytest.raises(OSError, match="gone"):
+            await broken
+        await upload(True)
+        assert statuses == [507, 200]
+        store.close()
+
+    asyncio.run(run())
 
 
 # The command
@@ -289,6 +356,7 @@ def test_the_command_is_cheap_and_says_what_it_lacks():
         ({"max_mb": 0}, "--max-mb 0"),
         ({"max_minutes": float("nan")}, "--max-minutes nan"),
         ({"password": " "}, "--password is empty"),
+        ({"host": ""}, "--host is empty"),
         ({"host": "203.0.113.7", "port": 0}, "can't listen on 203.0.113.7"),
     ],
 )

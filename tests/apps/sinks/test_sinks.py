@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ EVENT = {"type": "event", "label": "dog", "start_s": 1.5, "end_s": 3661.0, "moda
 
 
 def row(path="a.mp4", task="ave", parsed=(EVENT,), **more):
-    content = {"version": 2, "media": [str(path)], "sha256": "ab" * 32, "duration_s": 10.0, "bundle": "nano"}
+    content = {"version": 3, "media": [str(path)], "sha256": "ab" * 32, "duration_s": 10.0, "bundle": "nano"}
     return content | {"task": task, "question": None, "raw": "text", "parsed": list(parsed)} | more
 
 
@@ -192,6 +193,50 @@ def test_pictures_and_media_that_are_gone(tmp_path):
     assert name.endswith(".arig.png") and drawn.shape == (80, 100, 3)
     assert (drawn != np.asarray(Image.open(picture).convert("RGB")))[30:70, 10:14].any()
     assert ["no such file" in notices[0], "changed since" in notices[1], len(notices)] == [True, True, 2]
+
+
+def test_the_model_goes_on_while_videos_are_drawn(tmp_path, clip, monkeypatch):
+    """Two may wait; the third waits until there is room, in the order they came."""
+    began, go_on, order = threading.Event(), threading.Event(), []
+
+    def draw(source, rows, out):
+        began.set()
+        assert go_on.wait(10)
+        order.append(rows[0]["task"])
+        out.touch()
+
+    monkeypatch.setattr("crab_edge_apps._draw.annotate_video", draw)
+    rows = [row(clip, task, sha256=file_sha256(clip)) for task in ("ave", "avvp", "unav")]
+    with open_sinks(["video"], tmp_path) as sinks, Clip.open([clip]) as opened:
+        sinks.add(rows[0], opened)
+        sinks.add(rows[1], opened)
+        assert began.wait(10) and not order
+        third = threading.Thread(target=sinks.add, args=(rows[2], opened))
+        third.start()
+        third.join(0.2)
+        assert third.is_alive()
+        go_on.set()
+        third.join(10)
+    assert order == ["ave", "avvp", "unav"] and len(files(tmp_path / "video")) == 3
+
+
+def test_a_full_disk_while_drawing_ends_the_run(tmp_path, clip, monkeypatch):
+    drawn = []
+
+    def draw(source, rows, out):
+        drawn.append(rows[0]["task"])
+        raise CrabError(f"{out}: can't be written (No space left on device); make room")
+
+    monkeypatch.setattr("crab_edge_apps._draw.annotate_video", draw)
+    rows = [row(clip, task, sha256=file_sha256(clip)) for task in ("ave", "avvp", "unav", "avqa")]
+    with pytest.raises(CrabError, match="No space left"), open_sinks(["video"], tmp_path) as sinks:
+        for number, one in enumerate(rows):
+            with Clip.open([clip]) as opened:
+                sinks.add(one, opened)
+            assert number < 3, "it is raised while the run goes on"
+    with pytest.raises(CrabError, match="No space left"), open_sinks(["video"], tmp_path) as sinks:
+        sinks.rebuild(rows[:1])  # or at the end
+    assert drawn[-1] == "ave" and len(drawn) <= 4
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path, clip):
