@@ -1,0 +1,114 @@
+"""Low-bit products in the files for TensorRT, as blockwise `DequantizeLinear` before `MatMul`.
+
+TensorRT keeps the constant behind such a node in 4 or 8 bits, and ONNX Runtime makes one MatMulNBits of both.
+Where K isn't a multiple of the block, the store has filled the weight up with zeros, which TensorRT wants; the
+activations are padded to meet it. (Cutting the weight back would make the library expand it to float16.)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from crab_edge.errors import BundleError
+from crab_edge.ilora.onnx_functions import EXPERTS, FLOAT as FLOAT_BITS, ROUTE
+from crab_edge.lowbit import QTensor
+
+from .graph import CRAB, FLOAT16
+from .tensorrt_functions import experts, route
+from .tensorrt_weights import write_operand
+
+if TYPE_CHECKING:
+    from .tensorrt_graph import Rewriter
+
+
+class Products:
+    """Writes the products of one graph for its `Rewriter`."""
+
+    def __init__(self) -> None:
+        self._it: Rewriter | None = None
+        self._bodies: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def it(self) -> Rewriter:
+        """The rewriter that this writes for."""
+        if self._it is None:
+            raise RuntimeError("a rewriter attaches its products")
+        return self._it
+
+    def attach(self, rewriter: Rewriter) -> None:
+        """Called by the rewriter, once."""
+        self._it = rewriter
+
+    def low_bit(self, node: onnx.NodeProto, given: dict[str, Any]) -> None:
+        """A MatMulNBits: x W^T (+ bias)."""
+        it, out = self.it, node.output[0]
+        x, codes, scales = node.input[:3]
+        bias = node.input[5] if len(node.input) > 5 else ""
+        name = codes.removesuffix(".weight")
+        weight = it.source.quantised(codes, scales, given["K"], given["bits"], given["block_size"])
+        operand = write_operand(it.graph, name, weight)
+        matrix = it.node(
+            "DequantizeLinear",
+            [operand.codes, operand.scales],
+            f"{name}/dequantised",
+            FLOAT16,
+            axis=0,
+            block_size=weight.block,
+        )
+        inputs = [self._filled(x, weight), matrix]
+        if not bias:
+            it.node("MatMul", inputs, out, FLOAT16)
+            return
+        product = it.node("MatMul", inputs, f"{out}/product", FLOAT16)
+        it.node("Add", [product, it.weight(bias, FLOAT16)], out, FLOAT16)
+
+    def route(self, node: onnx.NodeProto, given: dict[str, Any]) -> None:
+        """An ILoRARoute."""
+        it = self.it
+        x, operand = self._operand(node.input[0], node.input[1:], given)
+        block = given.get("block", 0)
+        self._body(ROUTE, given["rank"], given["experts"], block)
+        it.graph.add_functions([route(given["rank"], given["experts"], block)])
+        it.node(ROUTE, [x, *operand], node.output[0], FLOAT16, domain=CRAB)
+
+    def experts(self, node: onnx.NodeProto, given: dict[str, Any]) -> None:
+        """An ILoRAExperts."""
+        it = self.it
+        z, operand = self._operand(node.input[1], node.input[2:], given)
+        block = given.get("block", 0)
+        self._body(EXPERTS, block)
+        it.graph.add_functions([experts(block)])
+        it.node(EXPERTS, [it.to(node.input[0], FLOAT16), z, *operand], node.output[0], FLOAT16, domain=CRAB)
+
+    def _operand(self, x: str, weight: Any, given: dict[str, Any]) -> tuple[str, list[str]]:
+        """The activations, padded where the weight is, and the weight inputs of one of I-LoRA's operators."""
+        it, name = self.it, weight[0].removesuffix(".weight")
+        if given["bits"] == FLOAT_BITS:
+            turned = np.ascontiguousarray(it.source.array(weight[0]).T.astype(np.float16))
+            return it.to(x, FLOAT16), [it.add(f"{name}.weight", turned)]
+        stored = it.source.quantised(*weight, given["K"], given["bits"], given["block"])
+        operand = write_operand(it.graph, name, stored)
+        return self._filled(x, stored), [operand.codes, operand.scales]
+
+    def _filled(self, x: str, weight: QTensor) -> str:
+        """x [B, S, K] in float16, K filled up to whole blocks of the weight."""
+        it, missing = self.it, weight.scales.shape[1] * weight.block - weight.shape[1]
+        half = it.to(x, FLOAT16)
+        if not missing:
+            return half
+        out = f"{half}/filled{missing}"
+        if out not in it.types:
+            pads = it.integer([0, 0, 0, 0, 0, missing])
+            it.node("Pad", [half, pads, it.scalar(0, FLOAT16)], out, FLOAT16)
+        return out
+
+    def _body(self, operator: str, *sizes: int) -> None:
+        """One body serves all nodes of an operator in a file: their sizes must agree."""
+        if self._bodies.setdefault(operator, sizes) != sizes:
+            raise BundleError(
+                f"{self.it.source.path}: {operator} nodes of different sizes, {self._bodies[operator]} and {sizes}; "
+                "export the bundle again with one --block for all"
+            )
