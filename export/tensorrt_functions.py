@@ -4,13 +4,14 @@ TensorRT's parser chooses an importer by an operator's name alone, whatever its 
 importer to a function's body. So `crab::TensorScatter` and `crab::Attention`, named after operators of ONNX
 opset 24 and 23, become the layers that update a KV cache in place and that fuse attention, while ONNX Runtime
 takes the bodies and the file stays at opset 21. `crab::ILoRARoute` and `crab::ILoRAExperts` are I-LoRA's
-operators (`crab_edge.ilora.onnx_functions`) over weights as TensorRT wants them, K before N:
+operators (`crab_edge.ilora.onnx_functions`) over float weights, K before N:
 
-    ILoRARoute(x [B, S, K], AR int8 [K, groups*(rank+experts)], AR_scale [K/block, ..]) -> z [B, S, ..]
-    ILoRAExperts(y0 [B, S, N], z [B, S, K], B int8 [K, N], B_scale [K/block, N]) -> y = y0 + z B
+    ILoRARoute(x [B, S, K], AR [K, groups*(rank+experts)]) -> z [B, S, groups*experts*rank]
+    ILoRAExperts(y0 [B, S, N], z [B, S, K], B [K, N]) -> y = y0 + z B
 
-Float files hold AR and B in the activations' type and have no scales. What differs between the nodes of a file
-is read from their shapes, so that the bodies need no attributes: TensorRT's parser resolves none.
+AR and B come out of a DequantizeLinear before the node: the parser gives that of a body the same layer name each
+time, and refuses the second. What differs between the nodes of a file is read from their shapes, so that the
+bodies need no attributes.
 """
 
 from __future__ import annotations
@@ -90,16 +91,16 @@ def attention(masked: bool) -> FunctionProto:
     )
 
 
-def route(rank: int, experts: int, block: int) -> FunctionProto:
-    """ILoRARoute for a file's rank and experts; block: of AR's scales, 0 where AR is float."""
+def route(rank: int, experts: int) -> FunctionProto:
+    """ILoRARoute for a file's rank and experts."""
     return _function(
         f"""
-        {ROUTE} (x, AR{", AR_scale" if block else ""}) => (z) {{
+        {ROUTE} (x, AR) => (z) {{
             by_linear = Constant <value = int64[5] {{0, 0, -1, 1, {rank + experts}}}> ()
             as_column = Constant <value = int64[5] {{0, 0, 0, -1, 1}}> ()
             flat = Constant <value = int64[3] {{0, 0, -1}}> ()
             parts = Constant <value = int64[2] {{{rank}, {experts}}}> ()
-            {_product("x", "AR", "products", block)}
+            products = MatMul (x, AR)
             linears = Reshape (products, by_linear)
             h, logits = Split <axis = -1> (linears, parts)
             logits32 = Cast <to = 1> (logits)
@@ -112,19 +113,12 @@ def route(rank: int, experts: int, block: int) -> FunctionProto:
     )
 
 
-def experts(block: int) -> FunctionProto:
-    """ILoRAExperts; block: of B's scales, 0 where B is float."""
+def experts() -> FunctionProto:
+    """ILoRAExperts."""
     return _function(
         f"""
-        {EXPERTS} (y0, z, B{", B_scale" if block else ""}) => (y) {{
-            {_product("z", "B", "mixed", block)}
+        {EXPERTS} (y0, z, B) => (y) {{
+            mixed = MatMul (z, B)
             y = Add (y0, mixed)
         }}"""
     )
-
-
-def _product(x: str, weight: str, out: str, block: int) -> str:
-    if not block:
-        return f"{out} = MatMul ({x}, {weight})"
-    dequantise = f"DequantizeLinear <axis = 0, block_size = {block}>"
-    return f"{weight}_float = {dequantise} ({weight}, {weight}_scale)\n{out} = MatMul ({x}, {weight}_float)"

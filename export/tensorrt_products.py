@@ -7,6 +7,7 @@ activations are padded to meet it. (Cutting the weight back would make the libra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class Products:
 
     def __init__(self) -> None:
         self._it: Rewriter | None = None
-        self._bodies: dict[str, tuple[int, ...]] = {}
+        self._route_sizes: tuple[int, ...] = ()
 
     @property
     def it(self) -> Rewriter:
@@ -45,10 +46,46 @@ class Products:
     def low_bit(self, node: onnx.NodeProto, given: dict[str, Any]) -> None:
         """A MatMulNBits: x W^T (+ bias)."""
         it, out = self.it, node.output[0]
-        x, codes, scales = node.input[:3]
         bias = node.input[5] if len(node.input) > 5 else ""
-        name = codes.removesuffix(".weight")
-        weight = it.source.quantised(codes, scales, given["K"], given["bits"], given["block_size"])
+        x, matrix = self._operands(node.input[0], node.input[1:3], given, given["block_size"])
+        if not bias:
+            it.node("MatMul", [x, matrix], out, FLOAT16)
+            return
+        product = it.node("MatMul", [x, matrix], f"{out}/product", FLOAT16)
+        it.node("Add", [product, it.weight(bias, FLOAT16)], out, FLOAT16)
+
+    def route(self, node: onnx.NodeProto, given: dict[str, Any]) -> None:
+        """An ILoRARoute."""
+        it, sizes = self.it, (given["rank"], given["experts"])
+        x, matrix = self._operands(node.input[0], node.input[1:], given, given.get("block", 0))
+        if self._route_sizes not in ((), sizes):
+            raise BundleError(
+                f"{it.source.path}: routers of different sizes, {self._route_sizes} and {sizes} (rank, experts), "
+                "which no adapter has; copy the bundle again"
+            )
+        self._route_sizes = sizes
+        it.graph.add_functions([route(*sizes)])
+        it.node(ROUTE, [x, matrix], node.output[0], FLOAT16, domain=CRAB)
+
+    def experts(self, node: onnx.NodeProto, given: dict[str, Any]) -> None:
+        """An ILoRAExperts."""
+        it = self.it
+        z, matrix = self._operands(node.input[1], node.input[2:], given, given.get("block", 0))
+        it.graph.add_functions([experts()])
+        it.node(EXPERTS, [it.to(node.input[0], FLOAT16), z, matrix], node.output[0], FLOAT16, domain=CRAB)
+
+    def _operands(
+        self, x: str, stored: Sequence[str], given: dict[str, Any], block: int
+    ) -> tuple[str, str]:
+        """The activations, padded where the weight is, and the weight [K, N], both float16.
+
+        stored: names of codes and scales, or of a float weight [N, K] alone.
+        """
+        it, name = self.it, stored[0].removesuffix(".weight")
+        if given["bits"] == FLOAT_BITS:
+            turned = np.ascontiguousarray(it.source.array(stored[0]).T.astype(np.float16))
+            return it.to(x, FLOAT16), it.add(f"{name}.weight", turned)
+        weight = it.source.quantised(stored[0], stored[1], given["K"], given["bits"], block)
         operand = write_operand(it.graph, name, weight)
         matrix = it.node(
             "DequantizeLinear",
@@ -56,42 +93,9 @@ class Products:
             f"{name}/dequantised",
             FLOAT16,
             axis=0,
-            block_size=weight.block,
+            block_size=block,
         )
-        inputs = [self._filled(x, weight), matrix]
-        if not bias:
-            it.node("MatMul", inputs, out, FLOAT16)
-            return
-        product = it.node("MatMul", inputs, f"{out}/product", FLOAT16)
-        it.node("Add", [product, it.weight(bias, FLOAT16)], out, FLOAT16)
-
-    def route(self, node: onnx.NodeProto, given: dict[str, Any]) -> None:
-        """An ILoRARoute."""
-        it = self.it
-        x, operand = self._operand(node.input[0], node.input[1:], given)
-        block = given.get("block", 0)
-        self._body(ROUTE, given["rank"], given["experts"], block)
-        it.graph.add_functions([route(given["rank"], given["experts"], block)])
-        it.node(ROUTE, [x, *operand], node.output[0], FLOAT16, domain=CRAB)
-
-    def experts(self, node: onnx.NodeProto, given: dict[str, Any]) -> None:
-        """An ILoRAExperts."""
-        it = self.it
-        z, operand = self._operand(node.input[1], node.input[2:], given)
-        block = given.get("block", 0)
-        self._body(EXPERTS, block)
-        it.graph.add_functions([experts(block)])
-        it.node(EXPERTS, [it.to(node.input[0], FLOAT16), z, *operand], node.output[0], FLOAT16, domain=CRAB)
-
-    def _operand(self, x: str, weight: Any, given: dict[str, Any]) -> tuple[str, list[str]]:
-        """The activations, padded where the weight is, and the weight inputs of one of I-LoRA's operators."""
-        it, name = self.it, weight[0].removesuffix(".weight")
-        if given["bits"] == FLOAT_BITS:
-            turned = np.ascontiguousarray(it.source.array(weight[0]).T.astype(np.float16))
-            return it.to(x, FLOAT16), [it.add(f"{name}.weight", turned)]
-        stored = it.source.quantised(*weight, given["K"], given["bits"], given["block"])
-        operand = write_operand(it.graph, name, stored)
-        return self._filled(x, stored), [operand.codes, operand.scales]
+        return self._filled(x, weight), matrix
 
     def _filled(self, x: str, weight: QTensor) -> str:
         """x [B, S, K] in float16, K filled up to whole blocks of the weight."""
@@ -104,11 +108,3 @@ class Products:
             pads = it.integer([0, 0, 0, 0, 0, missing])
             it.node("Pad", [half, pads, it.scalar(0, FLOAT16)], out, FLOAT16)
         return out
-
-    def _body(self, operator: str, *sizes: int) -> None:
-        """One body serves all nodes of an operator in a file: their sizes must agree."""
-        if self._bodies.setdefault(operator, sizes) != sizes:
-            raise BundleError(
-                f"{self.it.source.path}: {operator} nodes of different sizes, {self._bodies[operator]} and {sizes}; "
-                "export the bundle again with one --block for all"
-            )
