@@ -64,7 +64,7 @@ def add(bundle: Path, out: Path, wanted: EngineOptions, *, overwrite: bool) -> P
 
 
 def export_and_add(export: Export, out: Path, wanted: EngineOptions, *, overwrite: bool) -> Path:
-    """Exports a bundle beside `out`, then adds the engines; if that fails, the bundle stays for another try."""
+    """Exports a bundle beside `out`, then adds the engines; if that fails, the bundle stays there."""
     out = out.expanduser().absolute()
     plain = export(out.with_name(f".{out.name}.plain"))
     try:
@@ -72,7 +72,7 @@ def export_and_add(export: Export, out: Path, wanted: EngineOptions, *, overwrit
     except CrabError as error:
         again = " ".join(f"--target {name}" for name in wanted.targets)
         raise type(error)(
-            f"{error}; the bundle without engines is kept: `crab-edge export --bundle {plain} {again} --out {out}`"
+            f"{error}; the bundle is kept, go on with `crab-edge export --bundle {plain} {again} --out {out}`"
         ) from error
     shutil.rmtree(plain)
     return path

@@ -19,7 +19,9 @@ def command(
     ] = None,
     bundle: Annotated[
         Path | None,
-        typer.Option(help="With --target: the bundle to make engines from, instead of a model; needs no torch."),
+        typer.Option(
+            help="With --target: the bundle to make engines from, instead of a model; needs no torch."
+        ),
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter directory; none exports the bare model.")
@@ -139,7 +141,9 @@ def _check_bundle_options(context: typer.Context, engines: bool) -> None:
     for name in context.params:
         source = context.get_parameter_source(name)
         if name not in takes and source is not None and source.name == "COMMANDLINE":
-            raise InputError(f"--{name.replace('_', '-')} doesn't go with --bundle, whose recipe is made already")
+            raise InputError(
+                f"--{name.replace('_', '-')} doesn't go with --bundle, whose recipe is made already"
+            )
 
 
 def _exporter() -> Any:

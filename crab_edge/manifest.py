@@ -134,7 +134,9 @@ class EngineProfile(_Strict):
     def _ordered(cls, axes: dict[str, tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
         for axis, (low, tuned, high) in axes.items():
             if not 0 < low <= tuned <= high:
-                raise ValueError(f"axis {axis} has bounds {low}, {tuned}, {high}; expected 0 < min <= opt <= max")
+                raise ValueError(
+                    f"axis {axis} has bounds {low}, {tuned}, {high}; expected 0 < min <= opt <= max"
+                )
         return axes
 
 
@@ -155,9 +157,9 @@ class EngineInfo(_Strict):
     """What lies under `engines/<target>/`.
 
     library: the module that built it and runs it (`tensorrt_rtx`, `tensorrt`), `version` its exact version,
-    or, where `built` is false, the oldest that can build it; sm: compute capabilities (89 is 8.9), activations:
-    type of the products' inputs; capacity: tokens that the KV cache holds; plugins: name -> SHA-256 of the
-    PTX inside the engine; build_command: makes the engine again, or for the first time.
+    or, where `built` is false, the oldest that can build it; sm: compute capabilities (89 is 8.9);
+    activations: type of the products' inputs; capacity: tokens that the KV cache holds; plugins: name ->
+    SHA-256 of the PTX inside the engine; build_command: makes the engine again, or for the first time.
 
     The decoder's inputs are the bundle contract's, less `total_sequence_length`: `seqlens_k` (int32 [1], the
     cache's length after this call, less 1) says where the new tokens' keys and values go.
@@ -212,7 +214,9 @@ class Manifest(_Strict):
             for name, graph in engine.graphs.items():
                 check_name(graph.file)
                 if not graph.file.startswith(f"{ENGINES}/{target}/"):
-                    raise ValueError(f"{target}'s {name} is {graph.file!r}, expected it in {ENGINES}/{target}/")
+                    raise ValueError(
+                        f"{target}'s {name} is {graph.file!r}, expected it in {ENGINES}/{target}/"
+                    )
         return engines
 
     @field_validator("requires")

@@ -52,8 +52,8 @@ _DTYPES = {1: "float32", 10: "float16", 7: "int64", 6: "int32"}
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """targets: names (`export.targets`); capacity: tokens of the cache; workspace: bytes that the builder may use
-    for a layer; int4: who owns 4-bit products, None: the target's way.
+    """targets: names (`export.targets`); capacity: tokens of the cache; workspace: bytes that a layer may use
+    while it runs; int4: who owns 4-bit products, None: the target's way.
     """
 
     targets: tuple[str, ...]
@@ -65,12 +65,13 @@ class EngineOptions:
 def check_targets(
     options: EngineOptions, recipe: WeightRecipe, shape: ModelShape
 ) -> list[tuple[Target, Estimate]]:
-    """The targets with what their engines take. InputError for unknown names, settings that a target can't take,
-    and where building here would need more memory than there is.
+    """The targets with what their engines take. InputError for unknown names, settings that a target can't
+    take, and where building here would need more memory than there is.
     """
     if not 64 <= options.capacity <= shape.max_positions:
         raise InputError(
-            f"--capacity: expected 64 to {shape.max_positions} (the model's positions), got {options.capacity}"
+            f"--capacity: expected 64 to {shape.max_positions} (the model's positions), "
+            f"got {options.capacity}"
         )
     found = []
     memory = available_bytes()
@@ -100,8 +101,8 @@ def add_engines(
 ) -> Path:
     """Publishes `out`: what is in `bundle`, with engines for the targets, those it had for them replaced.
 
-    progress: what is being done, and the share that is done; report: gets the estimate of each target and, where
-    it can't be built here, the command that builds it. Returns the path of the new bundle.
+    progress: what is being done, and the share that is done; report: gets the estimate of each target and,
+    where it can't be built here, the command that builds it. Returns the path of the new bundle.
     Raises InputError, BundleError, or EngineError when a build fails; then nothing is published.
     """
     opened = Bundle.open(bundle)
@@ -122,7 +123,8 @@ def add_engines(
             say = _part(progress, number, len(targets))
             engines[one.name] = _Writing(opened, one, options, writer, say).info()
             if not engines[one.name].built:
-                report(f"{one.name}: can't be built here; on {one.machine} run: {engines[one.name].build_command}")
+                command = engines[one.name].build_command
+                report(f"{one.name}: can't be built here; on {one.machine} run: {command}")
         manifest = opened.manifest.model_copy(update={"engines": engines, "created": ""})
         return writer.commit(manifest)
 
@@ -145,7 +147,9 @@ class _Writing:
 
     def info(self) -> EngineInfo:
         """Writes everything; what the manifest says of it."""
-        with tempfile.TemporaryDirectory(prefix=f".{self.writer.out.name}.graphs.", dir=self.writer.out.parent) as at:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{self.writer.out.name}.graphs.", dir=self.writer.out.parent
+        ) as at:
             place = Path(at) if self.built else self.writer.path(f"{self.folder}/graph").parent
             graphs = {}
             for number, name in enumerate(GRAPHS):
@@ -282,8 +286,8 @@ def _part(progress: Progress | None, number: int, count: int) -> Progress:
 
 
 def _take_files(opened: Bundle, writer: BundleWriter, replaced: Sequence[str]) -> None:
-    """The bundle's files but the engines that are made anew: linked where the disk allows it, for bundles are never
-    edited.
+    """The bundle's files but the engines that are made anew: linked where the disk allows it, for bundles are
+    never edited.
     """
     skipped = tuple(f"{ENGINES}/{name}/" for name in replaced)
     for name in opened.manifest.files:
@@ -303,6 +307,6 @@ def _check_disk(out: Path, manifest: Manifest, estimates: Sequence[Estimate]) ->
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise InputError(
-            f"{out.parent}: the engines need {needed / 1e9:.2f} GB of disk, but {free / 1e9:.2f} GB are free; make "
-            "room or choose another --out"
+            f"{out.parent}: the engines need {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; "
+            "make room or choose another --out"
         )

@@ -9,9 +9,9 @@ operators (`crab_edge.ilora.onnx_functions`) over float weights, K before N:
     ILoRARoute(x [B, S, K], AR [K, groups*(rank+experts)]) -> z [B, S, groups*experts*rank]
     ILoRAExperts(y0 [B, S, N], z [B, S, K], B [K, N]) -> y = y0 + z B
 
-AR and B come out of a DequantizeLinear before the node: the parser gives that of a body the same layer name each
-time, and refuses the second. What differs between the nodes of a file is read from their shapes, so that the
-bodies need no attributes.
+AR and B come out of a DequantizeLinear before the node: the parser gives that of a body the same layer name
+each time, and refuses the second. `z_shape` is z's shape, one axis of it -1: a shape that the body computed
+would cost the builder more than the operator itself.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ def scatter() -> FunctionProto:
 def attention(masked: bool) -> FunctionProto:
     """Attention(q [B, Hq, S, D], k, v [B, Hkv, L, D], mask) -> [B, Hq, S, D]; scores and softmax in float32.
 
-    Hq / Hkv neighbouring heads of q share a head of k and v. mask: bool, true where q may look, [1, 1, S, L] or
-    [B, 1, 1, L]. `scale` multiplies the scores. `TRT_decomposable` lets TensorRT take several kernels where it
-    has no fused one.
+    Hq / Hkv neighbouring heads of q share a head of k and v. mask: bool, true where q may look, [1, 1, S, L]
+    or [B, 1, 1, L]. `scale` multiplies the scores. `TRT_decomposable` lets TensorRT take several kernels
+    where it has no fused one.
     """
-    seen = "lowest = Constant <value = float {%s}> ()\nseen = Where (mask, scaled, lowest)" % _LOWEST
+    lowest = f"lowest = Constant <value = float {{{_LOWEST}}}> ()"
+    seen = f"{lowest}\nseen = Where (mask, scaled, lowest)"
     return _function(
         f"""
         {ATTENTION} <scale, TRT_decomposable> (q, k, v{", mask" if masked else ""}) => (y) {{

@@ -1,14 +1,15 @@
 """A bundle's graphs rewritten for TensorRT: the same low-bit bytes and names, standard operators, float16.
 
-Every node of a bundle's graph becomes nodes of ONNX opset 21 that TensorRT parses and ONNX Runtime runs. Types
-are explicit, as strongly typed networks want them: products and attention take float16; the residual stream,
-norms, rotations and softmax are float32, because Qwen2.5's residuals and biased keys are too large for halves.
+Every node of a bundle's graph becomes nodes of ONNX opset 21 that TensorRT parses and ONNX Runtime runs.
+Types are explicit, as strongly typed networks want them: products and attention take float16; the residual
+stream, norms and rotations are float32, because Qwen2.5's residuals and keys outgrow halves.
 
 What differs from the bundle's contract:
 - decoder: the cache has a fixed capacity and holds float16; `total_sequence_length` isn't needed. Keys and
-  values go to `seqlens_k + 1 - S`, and a position sees the ones before it: rewinding is still setting a length;
-- audio: `embeddings` [C, tokens, H] has the rows of a chunk's padding too, `tokens` [C] says how many come first
-  that aren't (a graph that drops rows would have an output of unknown size, for which TensorRT has to stop).
+  values go to `seqlens_k + 1 - S` and on, and a position sees those up to itself: rewinding is still setting
+  a length;
+- audio: `embeddings` [C, tokens, H] has the rows of a chunk's padding too, `tokens` [C] says how many come
+  before them (dropping rows would make an output of unknown size, for which TensorRT has to stop).
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Rewriter:
             handler = getattr(self, f"_do_{node.op_type}", None)
             if handler is None:
                 raise BundleError(
-                    f"{self.source.path}: no TensorRT form of the operator {node.op_type} is known; export the "
+                    f"{self.source.path}: the operator {node.op_type} has no form for TensorRT; export the "
                     "bundle again with this version"
                 )
             handler(node, attributes(node))
@@ -179,7 +180,9 @@ class Rewriter:
         self.node("Less", [self.use(name) for name in node.input], node.output[0], BOOL)
 
     def _do_Concat(self, node: onnx.NodeProto, given: dict[str, Any]) -> None:
-        kind = FLOAT16 if any(self.types[name] == FLOAT16 for name in node.input) else self.types[node.input[0]]
+        kind = (
+            FLOAT16 if any(self.types[name] == FLOAT16 for name in node.input) else self.types[node.input[0]]
+        )
         inputs = [self.to(name, kind) if kind in _FLOATS else name for name in node.input]
         self.node("Concat", inputs, node.output[0], kind, **given)
 
@@ -189,7 +192,11 @@ class Rewriter:
         kind = found[0] if found[0] not in _FLOATS else FLOAT
         left, right = node.input
         for name, other in ((left, right), (right, left)):
-            if self.is_weight(name) and len(self.source.weights[name].dims) == 1 and not self.is_weight(other):
+            if (
+                self.is_weight(name)
+                and len(self.source.weights[name].dims) == 1
+                and not self.is_weight(other)
+            ):
                 kind = self.types[other]
         inputs = [self.to(name, kind) if kind in _FLOATS else name for name in node.input]
         self.node("Add", inputs, node.output[0], kind)
@@ -239,7 +246,7 @@ class Rewriter:
         self.node("Cast", [scaled], out, FLOAT16, to=FLOAT16)
 
     def _do_RotaryEmbedding(self, node: onnx.NodeProto, given: dict[str, Any]) -> None:
-        """x [B, S, heads*D] turned by cos and sin [S, D/2]: the halves of each head are the two coordinates."""
+        """x [B, S, heads*D] turned by cos and sin [S, D/2]: a head's halves are the two coordinates."""
         x, _, cos, sin = node.input
         out, heads = node.output[0], given["num_heads"]
         split = self.reshape(self.to(x, FLOAT), [*self.leading, heads, self.depth], f"{out}/split_heads")
@@ -247,7 +254,12 @@ class Rewriter:
         self.graph.node("Split", [split], [first, second], axis=-1, num_outputs=2)
         cos, sin = (self._column(name) for name in (cos, sin))
         terms = {}
-        for label, part, factor in (("fc", first, cos), ("ss", second, sin), ("sc", second, cos), ("fs", first, sin)):
+        for label, part, factor in (
+            ("fc", first, cos),
+            ("ss", second, sin),
+            ("sc", second, cos),
+            ("fs", first, sin),
+        ):
             terms[label] = self.node("Mul", [part, factor], f"{out}/{label}", FLOAT)
         left = self.node("Sub", [terms["fc"], terms["ss"]], f"{out}/left", FLOAT)
         right = self.node("Add", [terms["sc"], terms["fs"]], f"{out}/right", FLOAT)
@@ -282,7 +294,7 @@ class Rewriter:
         return out
 
     def _attend(self, inputs: list[str], shape: Sequence[int], out: str) -> None:
-        """Attention of q, k, v [B, heads, rows, D] (and a mask) as [B, S, heads*D] = `shape`. q is scaled already."""
+        """Attention of q, k, v [B, heads, rows, D] (and a mask) as [B, S, heads*D], `shape`; q comes scaled."""
         self.graph.add_functions([attention(masked=len(inputs) > 3)])
         mixed = self.node(
             ATTENTION, inputs, f"{out}/by_head", FLOAT16, domain=CRAB, scale=1.0, TRT_decomposable=1
@@ -322,7 +334,7 @@ class Rewriter:
         self.node("MatMul", [self.to(x, FLOAT16), self.to(weight, FLOAT16)], node.output[0], FLOAT16)
 
     def _angles(self, positions: str, table: str, out: str) -> None:
-        """positions [S, 3] times table [3, D/2] without a product: TF32 would ruin angles of late positions."""
+        """positions [S, 3] times table [3, D/2], not as a product: TF32 would ruin late angles."""
         wide = self.node("Unsqueeze", [positions, self.integer([2])], f"{out}/positions", FLOAT)
         terms = self.node("Mul", [wide, self.use(table)], f"{out}/terms", FLOAT)
         self.node("ReduceSum", [terms, self.integer([1])], out, FLOAT, keepdims=0)
@@ -394,4 +406,3 @@ def rewrite_audio(source: Source, graph: GraphBuilder, products: Products) -> No
     it.result("embeddings", rows, FLOAT, [chunks, frames // 4, width])
     flat = it.reshape(counts, [-1], f"{counts}/flat")
     it.result("tokens", flat, INT64, [chunks])
-

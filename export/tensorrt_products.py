@@ -1,8 +1,8 @@
 """Low-bit products in the files for TensorRT, as blockwise `DequantizeLinear` before `MatMul`.
 
 TensorRT keeps the constant behind such a node in 4 or 8 bits, and ONNX Runtime makes one MatMulNBits of both.
-Where K isn't a multiple of the block, the store has filled the weight up with zeros, which TensorRT wants; the
-activations are padded to meet it. (Cutting the weight back would make the library expand it to float16.)
+Where K isn't a multiple of the block, the store has filled the weight up with zeros, and TensorRT wants whole
+blocks: the activations are padded to meet it. (Cutting the weight back would part it from its product.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 
 from crab_edge.errors import BundleError
-from crab_edge.ilora.onnx_functions import EXPERTS, FLOAT as FLOAT_BITS, ROUTE
+from crab_edge.ilora.onnx_functions import EXPERTS, ROUTE
+from crab_edge.ilora.onnx_functions import FLOAT as FLOAT_BITS
 from crab_edge.lowbit import QTensor
 
 from .graph import CRAB, FLOAT16
@@ -60,8 +61,8 @@ class Products:
         x, matrix = self._operands(node.input[0], node.input[1:], given, given.get("block", 0))
         if self._route_sizes not in ((), sizes):
             raise BundleError(
-                f"{it.source.path}: routers of different sizes, {self._route_sizes} and {sizes} (rank, experts), "
-                "which no adapter has; copy the bundle again"
+                f"{it.source.path}: routers of different sizes, {self._route_sizes} and {sizes} (rank, "
+                "experts), which no adapter has; copy the bundle again"
             )
         self._route_sizes = sizes
         it.graph.add_functions([route(*sizes)])
@@ -74,9 +75,7 @@ class Products:
         it.graph.add_functions([experts()])
         it.node(EXPERTS, [it.to(node.input[0], FLOAT16), z, matrix], node.output[0], FLOAT16, domain=CRAB)
 
-    def _operands(
-        self, x: str, stored: Sequence[str], given: dict[str, Any], block: int
-    ) -> tuple[str, str]:
+    def _operands(self, x: str, stored: Sequence[str], given: dict[str, Any], block: int) -> tuple[str, str]:
         """The activations, padded where the weight is, and the weight [K, N], both float16.
 
         stored: names of codes and scales, or of a float weight [N, K] alone.

@@ -1,4 +1,4 @@
-"""A graph of a bundle, read to be rewritten: its nodes, and its weights one at a time, mapped from the disk."""
+"""A graph of a bundle, read to be rewritten: its nodes, and its weights one at a time, mapped from disk."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Source:
         return self._by_output.get(name)
 
     def rename_value(self, name: str) -> str:
-        """Gives what is computed under an output's name another one, and returns it: the name is free then."""
+        """Gives what is computed under an output's name another one, which is returned: the first is free."""
         node = self._by_output.pop(name)
         renamed = f"{name}.value"
         node.output[list(node.output).index(name)] = renamed

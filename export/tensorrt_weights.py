@@ -37,7 +37,8 @@ def half_scales(scales: NDArray[np.float32], name: str) -> NDArray[np.float16]:
         )
     if scales.size and scales.max() > np.finfo(np.float16).max:
         raise BundleError(
-            f"{name}: a scale of {scales.max():.3g} doesn't fit float16; export the bundle with a smaller --block"
+            f"{name}: a scale of {scales.max():.3g} doesn't fit float16; export the bundle with a smaller "
+            "--block"
         )
     return np.maximum(np.ascontiguousarray(scales.T).astype(np.float16), _SMALLEST)
 

@@ -1,4 +1,4 @@
-"""`crab-edge export --target`: engines of TensorRT-RTX, built here without a GPU, and packages for other machines."""
+"""`crab-edge export --target`: engines built here without a GPU, and packages for other machines."""
 
 import json
 import shutil
@@ -8,12 +8,12 @@ import onnx
 import pytest
 from crab_edge_apps.cli import run
 from crab_edge_export import tensorrt_engines
+from crab_edge_export.graph import GraphBuilder
 from crab_edge_export.tensorrt_engines import EngineOptions, add_engines, check_targets
 from crab_edge_export.tensorrt_graph import rewrite_decoder
 from crab_edge_export.tensorrt_products import Products
 from crab_edge_export.tensorrt_source import Source
 from crab_edge_export.tensorrt_weights import pack_int4
-from crab_edge_export.graph import GraphBuilder
 
 from crab_edge.bundle import Bundle, default_bundle
 from crab_edge.errors import EngineError, InputError
@@ -65,7 +65,10 @@ def test_the_manifest_says_what_a_runtime_binds(nano):
     assert decoder.aliases["present.5.value"] == "past.5.value"
     assert [one.name for one in decoder.profiles] == ["prefill", "decode"]
     assert decoder.profiles[0].axes["S"][2] == 512 and decoder.profiles[1].axes["S"] == (1, 1, 8)
-    assert {one.name for one in nano.manifest.engines["rtx"].graphs["audio"].outputs} == {"embeddings", "tokens"}
+    assert {one.name for one in nano.manifest.engines["rtx"].graphs["audio"].outputs} == {
+        "embeddings",
+        "tokens",
+    }
 
 
 def test_4_bit_weights_stay_4_bit_in_the_engine(nano, tmp_path):
@@ -80,7 +83,7 @@ def test_4_bit_weights_stay_4_bit_in_the_engine(nano, tmp_path):
 
 
 def test_the_layers_of_the_network(tmp_path):
-    """The cache is updated in place, attention is fused, and products dequantise 4-bit and 8-bit constants."""
+    """The cache is updated in place, attention is a layer, products dequantise constants."""
     trt = pytest.importorskip("tensorrt_rtx")
     graph = GraphBuilder("decoder")
     rewrite_decoder(Source(default_bundle() / "decoder.onnx"), graph, Products(), 1024)
@@ -105,9 +108,8 @@ def test_the_layers_of_the_network(tmp_path):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Compiling kernels takes seconds each and is tested elsewhere; what was asked for is kept."""
-    from crab_edge_export import plugin_compile
-
     from crab_edge.ilora.plugin_kernels import Kernels
+    from crab_edge_export import plugin_compile
 
     asked = []
 
@@ -119,7 +121,9 @@ def uncompiled(monkeypatch):
     return asked
 
 
-def test_a_target_of_another_machine_gets_everything_but_the_engine(tiny_bundle, tmp_path, uncompiled, capsys):
+def test_a_target_of_another_machine_gets_everything_but_the_engine(
+    tiny_bundle, tmp_path, uncompiled, capsys
+):
     command = ["export", "--bundle", str(tiny_bundle), "--target", "jetson-orin", "--capacity", "256"]
     assert run([*command, "--out", str(tmp_path / "orin"), "--json"]) == 0
     said = capsys.readouterr()

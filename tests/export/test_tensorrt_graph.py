@@ -51,7 +51,10 @@ def test_the_answer_equals_the_bundles(tiny, inputs, tmp_path, form):
     """Prefill, single steps and a chunk against the bundle's decoder with exact products."""
     embeds, positions = inputs
     path = write_decoder(tiny, FORMS[form], tmp_path / "d.onnx")
-    reference, decoder = Decoder(path, tiny.config.text_config), HalfDecoder(rewritten(path, tmp_path / "t.onnx"))
+    reference, decoder = (
+        Decoder(path, tiny.config.text_config),
+        HalfDecoder(rewritten(path, tmp_path / "t.onnx")),
+    )
     for begin, end in ((0, 20), (20, 21), (21, 22), (22, TOKENS)):
         wanted = reference(embeds[begin:end], positions[:, begin:end])
         got = decoder(embeds[begin:end], positions[:, begin:end])
@@ -98,7 +101,7 @@ def test_encoders_equal_the_bundles(tiny, tmp_path, name, adapter):
 
 
 def test_weights_are_the_stores_own_codes(tiny, tmp_path):
-    """Nothing is quantised anew: every code is the bundle's, moved by the zero point, every scale rounded once."""
+    """Nothing is quantised anew: codes are the bundle's, moved by the zero point, scales are rounded once."""
     path = write_decoder(tiny, FORMS["unfolded8"], tmp_path / "d.onnx")
     rewritten(path, tmp_path / "t.onnx")
     source = Source(path)
@@ -133,7 +136,7 @@ def test_large_weights_lie_beside_the_graph(tiny, inputs, tmp_path):
 
 
 def test_form_of_the_file(tiny, tmp_path):
-    """Opset and IR for the oldest readers; operators only of ONNX and ours; one address for past and present."""
+    """Opset and IR for the oldest readers, operators only of ONNX and ours, past and present of one shape."""
     path = write_decoder(tiny, FORMS["residual4x2"], tmp_path / "d.onnx")
     model = onnx.load(str(rewritten(path, tmp_path / "t.onnx")))
     assert model.ir_version <= 10
