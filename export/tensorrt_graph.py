@@ -294,7 +294,7 @@ class Rewriter:
         return out
 
     def _attend(self, inputs: list[str], shape: Sequence[int], out: str) -> None:
-        """Attention of q, k, v [B, heads, rows, D] (and a mask) as [B, S, heads*D], `shape`; q comes scaled."""
+        """Attention of q, k, v [B, heads, rows, D] (and a mask) as `shape`, [B, S, heads*D]; q is scaled."""
         self.graph.add_functions([attention(masked=len(inputs) > 3)])
         mixed = self.node(
             ATTENTION, inputs, f"{out}/by_head", FLOAT16, domain=CRAB, scale=1.0, TRT_decomposable=1

@@ -211,3 +211,25 @@ def test_memory_and_disk_are_asked_for_beforehand(tiny_bundle, tmp_path, monkeyp
     monkeypatch.setattr(tensorrt_engines.shutil, "disk_usage", lambda path: usage._replace(free=1))
     with pytest.raises(InputError, match="GB of disk"):
         add_engines(tiny_bundle, tmp_path / "out", EngineOptions(("rtx",), 256))
+
+
+def test_a_bundle_made_on_the_way_is_kept_when_its_engines_fail(
+    tiny_bundle, tmp_path, uncompiled, monkeypatch
+):
+    """With --model the bundle without engines comes first; only a failure leaves it, and says where it is."""
+    from crab_edge_apps import _engines
+
+    def export(place):
+        return shutil.copytree(tiny_bundle, place)
+
+    wanted = EngineOptions(("jetson-orin",), 256)
+    path = _engines.export_and_add(export, tmp_path / "a", wanted, overwrite=False)
+    assert list(tmp_path.iterdir()) == [path] and "jetson-orin" in Bundle.open(path).manifest.engines
+
+    def fails(*args, **kwargs):
+        raise EngineError("no engine")
+
+    monkeypatch.setattr(tensorrt_engines, "add_engines", fails)
+    with pytest.raises(EngineError, match=r"--bundle \S+/\.b\.plain --target jetson-orin --out \S+/b"):
+        _engines.export_and_add(export, tmp_path / "b", wanted, overwrite=False)
+    assert Bundle.open(tmp_path / ".b.plain").manifest.engines == {}
