@@ -8,10 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
+from crab_edge.errors import InputError
+
 
 def command(
-    model: Annotated[Path, typer.Option(help="Model directory (config.json, weights, tokenizer, features).")],
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="The bundle folder to write.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory (config.json, weights, tokenizer, features).")
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --target: the bundle to make engines from, instead of a model; needs no torch."
+        ),
+    ] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter directory; none exports the bare model.")
     ] = None,
@@ -49,17 +60,49 @@ def command(
             "with commas. Repeat it for several."
         ),
     ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Add TensorRT engines: rtx, jetson-orin, jetson-thor or cuda-smNN. Repeat it for several."
+        ),
+    ] = None,
+    capacity: Annotated[
+        int | None, typer.Option(help="With --target: tokens that an engine's cache holds (2048).")
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option(help="With --target: MB that a layer may use while it runs (1024).")
+    ] = None,
+    int4: Annotated[
+        str | None,
+        typer.Option(help="With --target: dequantize or plugin computes 4-bit products (the target's way)."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
 ) -> None:
     """Quantise MODEL with ADAPTER and publish a bundle at OUT, compared with the float model.
 
-    An export that was interrupted goes on when the same command is given again.
+    An export that was interrupted goes on when the same command is given again. With --target the bundle gets
+    TensorRT engines or, for machines that this one can't build for, what is needed to build them there.
     """
     import warnings
 
+    from crab_edge_apps import _engines
     from crab_edge_apps._progress import with_progress
 
+    wanted = _engines.options(target, capacity, workspace, int4)
+    if bundle is not None:
+        _check_bundle_options(context, wanted is not None)
+        assert wanted is not None
+        _report_engines(_engines.add(bundle, out, wanted, overwrite=overwrite), as_json)
+        return
+    if model is None:
+        raise InputError("export needs --model DIR, or --bundle BUNDLE with --target")
+    if wanted is not None:
+        from crab_edge.shape import read_shape
+        from crab_edge.sizes import recipe_for
+
+        shape = read_shape(model, adapter)
+        _engines.check(wanted, shape, recipe_for(shape, bits, block, experts), out, overwrite)
     # transformers announces its own renames; nobody here can act on them.
     warnings.simplefilter("ignore", FutureWarning)
     export_bundle = _exporter()
@@ -73,12 +116,34 @@ def command(
         "method": method,
         "compare": compare,
         "calibration_media": clips or None,
-        "overwrite": overwrite,
     }
-    path = with_progress(
-        lambda progress: export_bundle(model, adapter, out, progress=progress, **options), "reading the model"
-    )
+
+    def export(place: Path, replace: bool = True) -> Path:
+        return with_progress(
+            lambda progress: export_bundle(
+                model, adapter, place, overwrite=replace, progress=progress, **options
+            ),
+            "reading the model",
+        )
+
+    if wanted is None:
+        path = export(out, overwrite)
+    else:
+        path = _engines.export_and_add(export, out, wanted, overwrite=overwrite)
     _report(path, as_json)
+
+
+def _check_bundle_options(context: typer.Context, engines: bool) -> None:
+    """A bundle's recipe is what it is: options that would choose another are refused, not ignored."""
+    if not engines:
+        raise InputError("--bundle goes with --target, which isn't given")
+    takes = ("bundle", "out", "target", "capacity", "workspace", "int4", "overwrite", "as_json")
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in takes and source is not None and source.name == "COMMANDLINE":
+            raise InputError(
+                f"--{name.replace('_', '-')} doesn't go with --bundle, whose recipe is made already"
+            )
 
 
 def _exporter() -> Any:
@@ -108,6 +173,7 @@ def _report(path: Path, as_json: bool) -> None:
     if as_json:
         record = {
             "bundle": str(path),
+            "engines": _engine_records(manifest),
             "size": manifest.total_size,
             "recipe": recipe.model_dump(),
             "parts": _parts(manifest),
@@ -133,6 +199,34 @@ def _report(path: Path, as_json: bool) -> None:
     )
     if parity.get("compared", "").startswith("layer"):
         print(f"  ({parity['compared']})")
+    _print_engines(path)
+
+
+def _report_engines(path: Path, as_json: bool) -> None:
+    from crab_edge.manifest import read_manifest
+
+    manifest = read_manifest(path)
+    if as_json:
+        record = {
+            "bundle": str(path),
+            "engines": _engine_records(manifest),
+            "size": manifest.total_size,
+        }
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    print(f"{path}  {manifest.model.name}, {manifest.recipe.name}, {manifest.total_size / 1e6:.1f} MB")
+    _print_engines(path)
+
+
+def _engine_records(manifest: Any) -> dict[str, Any]:
+    return {name: engine.model_dump(mode="json") for name, engine in manifest.engines.items()}
+
+
+def _print_engines(path: Path) -> None:
+    from crab_edge_apps import _engines
+
+    for line in _engines.lines(path):
+        print(line)
 
 
 def _parts(manifest: Any) -> dict[str, dict[str, int]] | None:

@@ -150,7 +150,8 @@ class Bundle:
 def _check_required_files(folder: Path, manifest: Manifest) -> None:
     graphs = manifest.graphs
     always = ("tokenizer.json", "features.json", "embedding.bin")
-    for name in (*always, graphs.decoder, graphs.audio, graphs.vision):
+    engines = [graph.file for engine in manifest.engines.values() for graph in engine.graphs.values()]
+    for name in (*always, graphs.decoder, graphs.audio, graphs.vision, *engines):
         if name not in manifest.files:
             raise BundleError(f"{folder / MANIFEST_NAME}: lists no {name}; {COPY_AGAIN}")
 

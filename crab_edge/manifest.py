@@ -14,7 +14,9 @@ from crab_edge import __version__
 from crab_edge.errors import BundleError
 
 SCHEMA_VERSION = 1
+SHA256 = r"^[0-9a-f]{64}$"
 MANIFEST_NAME = "bundle.json"
+ENGINES = "engines"
 REBUILD = "`crab-edge export --model DIR --adapter DIR --out BUNDLE`"
 COPY_AGAIN = f"copy the bundle again or rebuild it with {REBUILD}"
 
@@ -110,7 +112,77 @@ class FileInfo(_Strict):
     """Size in bytes and SHA-256 (hex) of one file."""
 
     size: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: str = Field(pattern=SHA256)
+
+
+class TensorInfo(_Strict):
+    """An input or output of an engine; strings in `shape` name the axes that its profiles bound."""
+
+    name: str
+    dtype: Literal["float32", "float16", "int64", "int32"]
+    shape: list[int | str]
+
+
+class EngineProfile(_Strict):
+    """Bounds of an engine's dynamic axes: (smallest, tuned for, largest). `name` says what it is for."""
+
+    name: str
+    axes: dict[str, tuple[int, int, int]]
+
+    @field_validator("axes")
+    @classmethod
+    def _ordered(cls, axes: dict[str, tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
+        for axis, (low, tuned, high) in axes.items():
+            if not 0 < low <= tuned <= high:
+                raise ValueError(
+                    f"axis {axis} has bounds {low}, {tuned}, {high}; expected 0 < min <= opt <= max"
+                )
+        return axes
+
+
+class EngineGraph(_Strict):
+    """One engine file, or the ONNX file that it is to be built from.
+
+    `profiles` are in the engine's own order. `aliases`: output -> the input whose memory it must be bound to.
+    """
+
+    file: str
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+    aliases: dict[str, str] = {}
+    profiles: list[EngineProfile] = Field(min_length=1)
+
+
+class EngineInfo(_Strict):
+    """What lies under `engines/<target>/`.
+
+    library: the module that built it and runs it (`tensorrt_rtx`, `tensorrt`), `version` its exact version,
+    or, where `built` is false, the oldest that can build it; sm: compute capabilities (89 is 8.9);
+    activations: type of the products' inputs; capacity: tokens that the KV cache holds; plugins: name ->
+    SHA-256 of the PTX inside the engine; build_command: makes the engine again, or for the first time.
+
+    The decoder's inputs are the bundle contract's, less `total_sequence_length`: `seqlens_k` (int32 [1], the
+    cache's length after this call, less 1) says where the new tokens' keys and values go.
+    """
+
+    kind: Literal["rtx", "tensorrt"]
+    library: Literal["tensorrt_rtx", "tensorrt"]
+    version: str = Field(pattern=r"^\d+(\.\d+)*$")
+    sm: list[int] = Field(min_length=1)
+    activations: Literal["float16", "bfloat16", "float32"] = "float16"
+    capacity: int = Field(gt=0)
+    plugins: dict[str, str] = {}
+    graphs: dict[Literal["decoder", "vision", "audio"], EngineGraph]
+    built: bool
+    build_command: str
+
+    @field_validator("plugins")
+    @classmethod
+    def _hashed(cls, plugins: dict[str, str]) -> dict[str, str]:
+        for name, digest in plugins.items():
+            if not re.fullmatch(SHA256, digest):
+                raise ValueError(f"plugin {name}: expected a SHA-256 in hex, got {digest!r}")
+        return plugins
 
 
 class Manifest(_Strict):
@@ -123,7 +195,7 @@ class Manifest(_Strict):
     recipe: Recipe
     graphs: Graphs = Graphs()
     files: dict[str, FileInfo] = {}
-    engines: dict[str, dict[str, Any]] = {}
+    engines: dict[str, EngineInfo] = {}
     parity: dict[str, Any] = {}
     requires: dict[str, str] = {"onnxruntime": ">=1.23"}
     digest: str = ""
@@ -134,6 +206,18 @@ class Manifest(_Strict):
         for name in files:
             check_name(name)
         return files
+
+    @field_validator("engines")
+    @classmethod
+    def _placed(cls, engines: dict[str, EngineInfo]) -> dict[str, EngineInfo]:
+        for target, engine in engines.items():
+            for name, graph in engine.graphs.items():
+                check_name(graph.file)
+                if not graph.file.startswith(f"{ENGINES}/{target}/"):
+                    raise ValueError(
+                        f"{target}'s {name} is {graph.file!r}, expected it in {ENGINES}/{target}/"
+                    )
+        return engines
 
     @field_validator("requires")
     @classmethod

@@ -21,16 +21,18 @@ OPSET = 21
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
 CRAB = "crab"
-FLOAT, FLOAT16, INT32, INT64, BOOL = (
+FLOAT, FLOAT16, INT32, INT64, BOOL, INT4, INT8 = (
     TensorProto.FLOAT,
     TensorProto.FLOAT16,
     TensorProto.INT32,
     TensorProto.INT64,
     TensorProto.BOOL,
+    TensorProto.INT4,
+    TensorProto.INT8,
 )
 ALIGNMENT = 4096
 INLINE_BYTES = 1024
-_SHARED = "constant."
+SHARED = "constant."
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class GraphBuilder:
         self._outputs += piece.graph.output
         for tensor in piece.graph.initializer:
             self._weights[tensor.name] = tensor
-            if tensor.name.startswith(_SHARED):
+            if tensor.name.startswith(SHARED):
                 self._shared[_key(self._value(tensor))] = tensor.name
         if self._data_path is not None and piece.end:
             if self._data is None:
@@ -149,12 +151,25 @@ class GraphBuilder:
             self._weights[name] = self._external(name, value)
         return name
 
+    def packed(self, name: str, values: NDArray[np.uint8], kind: int, dims: Sequence[int]) -> str:
+        """An initializer of a type that numpy doesn't have (INT4), or of bytes under another type.
+
+        values: its bytes as ONNX lays them out, two 4-bit numbers in each, the earlier one in the low half.
+        """
+        values = np.ascontiguousarray(values).reshape(-1)
+        self.weight(name, values)
+        tensor = self._weights[name]
+        tensor.data_type = kind
+        del tensor.dims[:]
+        tensor.dims.extend(dims)
+        return name
+
     def constant(self, value: NDArray[Any] | Sequence[Any], dtype: Any = np.int64) -> str:
         """A small initializer, shared by all users of the same value."""
         array = np.asarray(value, dtype)
         key = _key(array)
         if key not in self._shared:
-            self._shared[key] = self.weight(f"{_SHARED}{len(self._shared)}", array)
+            self._shared[key] = self.weight(f"{SHARED}{len(self._shared)}", array)
         return self._shared[key]
 
     def node(
@@ -253,6 +268,16 @@ class GraphBuilder:
     def reshape(self, x: str, shape: Sequence[int], out: str) -> str:
         """0 keeps an axis, -1 takes the rest."""
         return self.node("Reshape", [x, self.constant(shape)], out)
+
+    @property
+    def inputs(self) -> list[onnx.ValueInfoProto]:
+        """Inputs so far, in order."""
+        return list(self._inputs)
+
+    @property
+    def outputs(self) -> list[onnx.ValueInfoProto]:
+        """Outputs so far, in order."""
+        return list(self._outputs)
 
     def n_nodes(self) -> int:
         """Nodes of the main graph, functions counted as one."""
