@@ -10,7 +10,7 @@ leading axes as rows M, and give the activations' dtype. They have fake kernels 
 torch.compile and CUDA graphs can hold them. Inference only: no gradients.
 
 The layout that `prepare` makes of a `crab_edge.lowbit.QTensor` (`gpu_layout` is the same in numpy):
-- q uint8 [N, K/block, block*bits/8]. 4 bits: byte j of a block holds column j in its low half and column
+- q uint8 [N, K/block, block*bits/8], K padded to whole blocks. 4 bits: byte j of a block holds column j in its low half and column
   j + block/2 in its high half, so both halves meet neighbouring activations. 8 bits: as stored.
 - scales [N, K/block], in memory column by column (strides 1, N): the rows of a tile lie side by side.
   float16, or float32 where float16 would lose more than half a unit of the row's largest scale.
@@ -18,6 +18,8 @@ The layout that `prepare` makes of a `crab_edge.lowbit.QTensor` (`gpu_layout` is
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import CrabError
+from ..errors import CrabError, DependencyError
 from ..lowbit import QTensor, n_blocks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -91,10 +93,7 @@ def ilora_route(
     x: Tensor, q: Tensor, scales: Tensor, bits: int, block: int, rank: int, experts: int, groups: int
 ) -> Tensor:
     """x [.., K], AR [groups*(rank+experts), K] -> z [.., groups*experts*rank], softmax in float32."""
-    rows = q.shape[0]
-    if rows != groups * (rank + experts):
-        raise CrabError(f"route has {rows} rows, expected {groups} x ({rank} + {experts})")
-    _check(x, q, scales, bits, block, "x")
+    _check_route(x, q, scales, bits, block, rank, experts, groups)
     products = _product(x, dequantize(q, scales, bits, block)).unflatten(-1, (groups, rank + experts))
     h, logits = products.split([rank, experts], dim=-1)
     weights = torch.softmax(logits, dim=-1)
@@ -111,14 +110,25 @@ def lowbit_linear(
     block: int,
     planes: int,
     bias: Tensor | None,
+    rows: Sequence[int] | None = None,
 ) -> Tensor:
     """`[W | planes of sB] [x ; z ..] + b`: x [.., K1], z [.., K2] or None (planes 0) -> y [.., N].
 
     With z, K1 is whole blocks; with two planes K2 is too, with one its last block may be padded.
+
+    rows: how many rows of the weight belong to each of two or three linears of one input that were stacked
+    (q, k and v; gate and up) into one launch; z [.., linears*K2] then has theirs side by side, and each
+    linear must begin at a multiple of 16.
     """
-    _check_folded(x, z, q, scales, bits, block, planes)
-    both = x if z is None else torch.cat([x] + [z] * planes, dim=-1)
-    y = _product(both, dequantize(q, scales, bits, block))
+    linears = len(rows or (0,))
+    _check_folded(x, z, q, scales, bits, block, planes, linears)
+    _check_rows(rows, q, z)
+    weight = dequantize(q, scales, bits, block)
+    if z is None:
+        y = _product(x, weight)
+    else:
+        parts = zip(z.chunk(linears, dim=-1), weight.split(list(rows or weight.shape[:1])), strict=True)
+        y = torch.cat([_product(torch.cat([x] + [one] * planes, dim=-1), w) for one, w in parts], dim=-1)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -157,7 +167,7 @@ def _(x, q, scales, bits, block, rank, experts, groups):  # type: ignore[no-unty
 
 
 @lowbit_linear.register_fake
-def _(x, z, q, scales, bits, block, planes, bias):  # type: ignore[no-untyped-def]
+def _(x, z, q, scales, bits, block, planes, bias, rows=None):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], q.shape[0]))
 
 
@@ -173,6 +183,69 @@ def _(  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], q.shape[0]))
 
 
+@ilora_route.register_kernel("cuda")
+def _(
+    x: Tensor, q: Tensor, scales: Tensor, bits: int, block: int, rank: int, experts: int, groups: int
+) -> Tensor:
+    _check_route(x, q, scales, bits, block, rank, experts, groups)
+    return _launch("route")(x, q, scales, bits, block, rank, experts, groups)
+
+
+@lowbit_linear.register_kernel("cuda")
+def _(
+    x: Tensor,
+    z: Tensor | None,
+    q: Tensor,
+    scales: Tensor,
+    bits: int,
+    block: int,
+    planes: int,
+    bias: Tensor | None,
+    rows: Sequence[int] | None = None,
+) -> Tensor:
+    _check_folded(x, z, q, scales, bits, block, planes, len(rows or (0,)))
+    _check_rows(rows, q, z)
+    return _launch("linear")(x, z, q, scales, bits, block, planes, bias, rows)
+
+
+@ilora_experts.register_kernel("cuda")
+def _(y0: Tensor, z: Tensor, q: Tensor, scales: Tensor, bits: int, block: int) -> Tensor:
+    _check(z, q, scales, bits, block, "z")
+    return _launch("experts")(y0, z, q, scales, bits, block)
+
+
+@lowbit_linear_experts.register_kernel("cuda")
+def _(
+    x: Tensor,
+    z: Tensor,
+    q: Tensor,
+    scales: Tensor,
+    bits: int,
+    block: int,
+    q_experts: Tensor,
+    scales_experts: Tensor,
+    bits_experts: int,
+    block_experts: int,
+    bias: Tensor | None,
+) -> Tensor:
+    _check(x, q, scales, bits, block, "x")
+    _check(z, q_experts, scales_experts, bits_experts, block_experts, "z")
+    beside = (q_experts, scales_experts, bits_experts, block_experts)
+    return _launch("linear")(x, z, q, scales, bits, block, 0, bias, None, beside)
+
+
+def _launch(name: str) -> Callable[..., Tensor]:
+    """A function of `triton_launch`, imported when the first CUDA tensor comes."""
+    try:
+        from . import triton_launch
+    except ImportError as error:
+        raise DependencyError(
+            f"low-bit products on CUDA need triton ({error}); run `pip install 'crab-edge[cuda]'`"
+        ) from None
+    function: Callable[..., Tensor] = getattr(triton_launch, name)
+    return function
+
+
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x [.., K] times weight^T in float32, x padded to the weight's columns."""
     return torch.nn.functional.pad(x.float(), (0, weight.shape[1] - x.shape[-1])) @ weight.t()
@@ -183,19 +256,37 @@ def _check(x: Tensor, q: Tensor, scales: Tensor, bits: int, block: int, name: st
     _check_operands(x, q, scales, bits, block)
     if n_blocks(x.shape[-1], block) != q.shape[1]:
         raise CrabError(
-            f"{name} has {x.shape[-1]} columns, expected {q.shape[1]} blocks of {block}: pass weights of prepare()"
+            f"{name} has {x.shape[-1]} columns, expected {q.shape[1]} blocks of {block} (see prepare)"
         )
 
 
+def _check_route(
+    x: Tensor, q: Tensor, scales: Tensor, bits: int, block: int, rank: int, experts: int, groups: int
+) -> None:
+    if q.shape[0] != groups * (rank + experts):
+        raise CrabError(f"route has {q.shape[0]} rows, expected {groups} x ({rank} + {experts})")
+    _check(x, q, scales, bits, block, "x")
+
+
+def _check_rows(rows: Sequence[int] | None, q: Tensor, z: Tensor | None) -> None:
+    if rows is None:
+        return
+    begins = list(itertools.accumulate(rows))
+    if begins[-1] != q.shape[0] or not 2 <= len(rows) <= 3 or z is None:
+        raise CrabError(f"rows are {list(rows)} of {q.shape[0]}, expected those of 2 or 3 linears, and a z")
+    if any(begin % 16 for begin in begins[:-1]):
+        raise CrabError(f"linears begin at rows {begins[:-1]}, expected multiples of 16: launch each alone")
+
+
 def _check_folded(
-    x: Tensor, z: Tensor | None, q: Tensor, scales: Tensor, bits: int, block: int, planes: int
+    x: Tensor, z: Tensor | None, q: Tensor, scales: Tensor, bits: int, block: int, planes: int, linears: int
 ) -> None:
     if z is None:
         if planes:
             raise CrabError(f"planes is {planes} without z, expected 0")
         return _check(x, q, scales, bits, block, "x")
     _check_operands(x, q, scales, bits, block)
-    k1, k2 = x.shape[-1], z.shape[-1]
+    k1, k2 = x.shape[-1], z.shape[-1] // linears
     if planes < 1 or k1 % block or (planes > 1 and k2 % block):
         raise CrabError(f"x [.., {k1}] and {planes} x z [.., {k2}] don't fit blocks of {block}")
     if q.shape[1] != k1 // block + planes * n_blocks(k2, block):

@@ -226,4 +226,6 @@ def _check_hidden(ptx: str, visible: int) -> None:
         raise CrabError(f"the PTX has {len(found)} parameters, expected {visible} and {HIDDEN} hidden ones")
     read = sorted(loads & set(found[visible:]))
     if read:
-        raise CrabError(f"the kernel reads Triton's scratch memory ({', '.join(read)}), which nobody gives it")
+        raise CrabError(
+            f"the kernel reads Triton's scratch memory ({', '.join(read)}), which nobody gives it"
+        )

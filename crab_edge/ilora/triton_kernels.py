@@ -1,4 +1,4 @@
-"""Triton kernels of the low-bit products and of I-LoRA's route. Operands: see `torch_ops`; why: docs/kernels.md.
+"""Triton kernels of the low-bit products and of I-LoRA's route. Operands: `torch_ops`; why: docs/kernels.md.
 
 Every product is computed transposed, y^T = W x^T, because tensor cores want 16 rows of the first factor and
 only 8 columns of the second: the weight gives the rows, and one token wastes little. Codes go from memory to
@@ -8,6 +8,9 @@ is a small integer in float16 and bfloat16. Scales meet the float32 sums, once a
 A chunk is C bytes of a row, all under one scale. A program takes KS chunks at a time, side by side in the
 leading axis of its tiles, so that warps share out K and no partial sum leaves the program: no atomics, no
 second launch, the same result every time.
+
+ASM is False in Triton's interpreter, which has no inline assembly and no products of bfloat16: there codes
+are unpacked by plain arithmetic and multiplied in float32.
 
 Sizes are constants of the kernel, M alone is an argument: pointers to inputs, M, pointer to the output.
 """
@@ -22,8 +25,7 @@ import triton.language as tl
 def _unpack4(q, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """uint8 of two codes -> (low - 8, high - 8) in DTYPE."""
     if not ASM:
-        low, high = (q & 15).to(tl.float32) - 8, (q >> 4).to(tl.float32) - 8
-        return low.to(DTYPE), high.to(DTYPE)
+        return (q & 15).to(DTYPE) - 8, (q >> 4).to(DTYPE) - 8
     # A code in the low bits of a number whose exponent makes them units: 1024 + c in float16, 128 + c in
     # bfloat16. Conversions of integers run at an eighth of the rate of these.
     if DTYPE == tl.float16:
@@ -85,7 +87,7 @@ def _unpack4(q, DTYPE: tl.constexpr, ASM: tl.constexpr):
 def _unpack8(q, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """uint8 -> code - 128 in DTYPE."""
     if not ASM:
-        return (q.to(tl.float32) - 128).to(DTYPE)
+        return q.to(DTYPE) - 128
     if DTYPE == tl.float16:
         return tl.inline_asm_elementwise(
             """
@@ -143,9 +145,9 @@ def _unpack8(q, DTYPE: tl.constexpr, ASM: tl.constexpr):
 def _activations(
     x_ptr, z_ptr, M, m, block, column, fits,
     K1: tl.constexpr, K2: tl.constexpr, XS: tl.constexpr, ZS: tl.constexpr,
-    PLANES: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """[x ; z ; ..]^T [KS, columns, rows] of rows `m`, at columns `column` [KS, columns] of blocks `block` [KS].
+    """[x ; z ; ..]^T [KS, columns, rows] of rows `m`, at `column` [KS, columns] of blocks `block` [KS].
 
     With BM = 1 the first row is loaded once and stands in all of them.
     """
@@ -175,11 +177,13 @@ def _activations(
             x = tl.load(pointers, mask=fits[:, :, None] & (m < M)[None, None, :], other=0.0)
     if BM == 1:
         x = tl.broadcast_to(x[:, :, None], column.shape[0], column.shape[1], m.shape[0])
-    return x
+    return x if ASM else x.to(tl.float32)
 
 
 @triton.jit
-def _scales(s_ptr, start, row, inside, N: tl.constexpr, BLOCKS: tl.constexpr, PER: tl.constexpr, KS: tl.constexpr):
+def _scales(
+    s_ptr, start, row, inside, N: tl.constexpr, BLOCKS: tl.constexpr, PER: tl.constexpr, KS: tl.constexpr
+):
     """Scales [KS, BN] of the chunks from `start` on."""
     block = (start + tl.arange(0, KS)) // PER
     mask = (block < BLOCKS)[:, None] & inside[None, :]
@@ -203,7 +207,7 @@ def _accumulate(
     BYTES: tl.constexpr = BLOCK * BITS // 8
     PER: tl.constexpr = BYTES // C
     KS: tl.constexpr = total.shape[0]
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty if ASM else tl.float32
     j = tl.arange(0, C)
     ahead = _scales(s_ptr, 0, row, inside, N, BLOCKS, PER, KS)
     for start in tl.range(0, BLOCKS * PER, KS, num_stages=STAGES):
@@ -215,21 +219,21 @@ def _accumulate(
         s, ahead = ahead, _scales(s_ptr, start + KS, row, inside, N, BLOCKS, PER, KS)
         column = (chunk % PER * C)[:, None] + j[None, :]
         if BITS == 8:
-            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM)
+            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM, ASM)
             part = tl.dot(_unpack8(q, DTYPE, ASM), x)
         elif BLOCK < 64:
             # Half a block is too short for a product of its own: the halves are put side by side.
             low, high = _unpack4(q, DTYPE, ASM)
             whole = tl.join(low, high).permute(0, 1, 3, 2).reshape(KS, row.shape[0], BLOCK)
             column = (chunk * 0)[:, None] + tl.arange(0, BLOCK)[None, :]
-            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM)
+            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM, ASM)
             part = tl.dot(whole, x)
         else:
             low, high = _unpack4(q, DTYPE, ASM)
-            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM)
+            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM, ASM)
             part = tl.dot(low, x)
             column += BLOCK // 2
-            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM)
+            x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM, ASM)
             part = tl.dot(high, x, part)
         total += part * s.to(tl.float32)[:, :, None]
     return total
@@ -237,7 +241,7 @@ def _accumulate(
 
 @triton.jit
 def _rows(BM: tl.constexpr):
-    """Rows of activations that a program computes: BM of them, but 8 (the least for tensor cores) when BM is 1."""
+    """Rows of activations that a program computes: BM, but 8 (the least for tensor cores) for 1."""
     return tl.program_id(0) * BM + tl.arange(0, 8 if BM == 1 else BM)
 
 

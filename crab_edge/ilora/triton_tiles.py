@@ -34,10 +34,17 @@ class Tile:
 
 
 def linear_tile(
-    m: int, n: int, k: int, bits: int, block: int, splits: tuple[int, ...] = (), beside: tuple[int, int] = (0, 0)
+    m: int,
+    n: int,
+    k: int,
+    bits: int,
+    block: int,
+    splits: tuple[int, ...] = (),
+    beside: tuple[int, int] = (0, 0),
 ) -> Tile:
-    """For an [n, k] weight and m rows of activations. `splits`: rows at which a joined weight's linears begin.
-    `beside`: bits and block of a second weight in the same launch.
+    """For an [n, k] weight and m rows of activations.
+
+    splits: rows at which the linears of a joined weight begin; beside: bits and block of a second weight.
     """
     chunks = 1
     rows = 64
@@ -85,7 +92,7 @@ def _stage(rows: int, columns: int, bits: int, block: int) -> int:
 
 
 def _tile(rows: int, columns: int, stage: int, chunks: int, bits: int, block: int, down: int = 0) -> Tile:
-    """The tile with as many chunks as asked for (more where they are small) and stages as memory has room for."""
+    """As many chunks as asked for (more where they are small) and as many stages as there is room for."""
     size = chunk_bytes(bits, block)
     if chunks > 1:
         chunks = min(16, chunks * max(1, 64 // size))
