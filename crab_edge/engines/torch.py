@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from ..bundle import Bundle
     from ._torch_bundle import TorchBundleEngine
 
-VARIANT = "device"
-"""The option that the variant in an engine's name goes to: `torch:cuda`, `torch:cuda:1`, `torch:cpu`."""
 GRID = 16
 """Patches along each side of the model's 224x224 input."""
+VARIANT = "device"
+"""What stands behind the colon of `torch:cuda`."""
 
 
 class TorchEngine:
