@@ -7,8 +7,9 @@ means that another version wrote the graph, and it is refused instead of being r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     Seen = Callable[["Group", Tensor], None]
 
 FLOAT = 32
+# What `crab::lowbit_linear` takes as one: so many linears, each from a row on that is a multiple of the tile.
+_JOINED, _TILE = 3, 16
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Linear:
     """One linear: its base, and where an adapter is, how z [M, groups*experts*rank] enters.
 
     planes: times that z is repeated behind x in the base product; experts: B beside the base instead;
-    begin, end: this linear's columns of z.
+    begin, end: this linear's columns of z. rows: of the linears that `joined` made this one of.
     """
 
     base: LowBit | Float
@@ -105,6 +108,7 @@ class Linear:
     experts: LowBit | Float | None = None
     begin: int = 0
     end: int = 0
+    rows: tuple[int, ...] = ()
 
     def __call__(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """[M, K] -> [M, N]."""
@@ -116,7 +120,8 @@ class Linear:
             return out if mine is None or experts is None else out + _product(experts, mine)
         if experts is None:
             sizes = (base.bits, base.block, self.planes, base.bias)
-            return torch.ops.crab.lowbit_linear(x, mine, base.q, base.scales, *sizes)
+            rows = list(self.rows) if self.rows and mine is not None else None
+            return torch.ops.crab.lowbit_linear(x, mine, base.q, base.scales, *sizes, rows)
         if isinstance(experts, Float):
             return _product(base, x) + experts(mine)
         return torch.ops.crab.lowbit_linear_experts(
@@ -151,13 +156,48 @@ class Group:
     """Names of the linears that have an adapter, in the order of z."""
 
     def __call__(self, x: Tensor, seen: Seen | None = None) -> list[Tensor]:
-        """[M, K] -> one [M, N] a linear. `seen(group, x)` is told of a route that is passed."""
-        if self.route is None:
-            return [linear(x) for linear in self.linears]
-        if seen is not None:
-            seen(self, x)
-        z = self.route(x)
-        return [linear(x, z) for linear in self.linears]
+        """[M, K] -> one [M, N] a linear, maybe columns of a wider matrix.
+
+        `seen(group, x)` is told of a route that is passed.
+        """
+        z = None
+        if self.route is not None:
+            if seen is not None:
+                seen(self, x)
+            z = self.route(x)
+        outs: list[Tensor] = []
+        for linear in self.linears:
+            y = linear(x, z)
+            outs += y.split(linear.rows, dim=-1) if linear.rows else [y]
+        return outs
+
+
+def joined(group: Group) -> Group:
+    """The group with its linears as one, where one launch can run them; else the group as it is.
+
+    They must be stored alike, experts inside the base product or absent, and begin at rows that a tile
+    doesn't straddle.
+    """
+    linears = group.linears
+    bases = [linear.base for linear in linears if isinstance(linear.base, LowBit) and linear.experts is None]
+    ends = [linear.end for linear in linears]
+    if not 2 <= len(bases) == len(linears) <= _JOINED or not (all(ends) or not any(ends)):
+        return group
+    alike = {(base.bits, base.block, base.q.shape[1], base.scales.dtype) for base in bases}
+    rows = tuple(len(base.q) for base in bases)
+    whole = all(begin % _TILE == 0 for begin in itertools.accumulate(rows[:-1]))
+    in_order = [linear.begin for linear in linears] == [0, *ends[:-1]] or not any(ends)
+    if len(alike) > 1 or len({linear.planes for linear in linears}) > 1 or not whole or not in_order:
+        return group
+    bias = None
+    if any(base.bias is not None for base in bases):
+        parts = [base.scales.new_zeros(len(base.q)) if base.bias is None else base.bias for base in bases]
+        kind = next(base.bias.dtype for base in bases if base.bias is not None)
+        bias = torch.cat([part.to(kind) for part in parts])
+    # The kernels read scales column by column.
+    scales = torch.cat([base.scales for base in bases]).t().contiguous().t()
+    base = LowBit(torch.cat([base.q for base in bases]), scales, bases[0].bits, bases[0].block, bias)
+    return replace(group, linears=(Linear(base, linears[0].planes, None, 0, max(ends), rows),))
 
 
 class GraphReader:
@@ -230,7 +270,8 @@ class GraphReader:
             (linear.begin, name) for name, (linear, _) in zip(outputs, found, strict=True) if linear.end
         ]
         adapted = tuple(name for _, name in sorted(begins))
-        return Group(tuple(linear for linear, _ in found), routes[0] if routes else None, adapted)
+        group = Group(tuple(linear for linear, _ in found), routes[0] if routes else None, adapted)
+        return joined(group)
 
     def _linear(self, output: str) -> tuple[Linear, Route | None]:
         node = self.take(output, "MatMulNBits", "MatMul", "Add", "ILoRAExperts")

@@ -87,6 +87,24 @@ def test_decoder_equals_onnxruntime(tiny, inputs, tmp_path, precision):
         assert relative(ours(embeds[i : i + 1], positions[:, i : i + 1], i), said) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "adapter", "launches"),
+    [
+        ("4 bits, two planes folded", True, [1, 1, 1, 1]),
+        ("4 bits, one plane folded", True, [1, 1, 1, 1]),
+        ("4 bits, unfolded", True, [3, 1, 2, 1]),
+        ("8 bits, unfolded", False, [1, 1, 1, 1]),
+        ("float, folded", True, [3, 1, 2, 1]),
+    ],
+)
+def test_linears_of_one_input_are_one_launch_where_they_can_be(tiny, tmp_path, name, adapter, launches):
+    path = write_decoder(tiny, PRECISIONS[name], tmp_path / "d.onnx", adapter=adapter)
+    groups = Torch(path, tiny.config.text_config).decoder.groups
+    assert [len(group.linears) for group in groups] == 2 * launches
+    if adapter:
+        assert [len(group.adapted) for group in groups] == 2 * [3, 1, 2, 1]
+
+
 def test_a_decoder_without_an_adapter(tiny, inputs, tmp_path):
     path = write_decoder(tiny, PRECISIONS["4 bits, unfolded"], tmp_path / "d.onnx", adapter=False)
     ours, theirs = (kind(path, tiny.config.text_config) for kind in (Torch, Decoder))
