@@ -104,7 +104,7 @@ class EngineFile:
         self._log = make_log(library)
         self._runtime = library.Runtime(self._log)
         self._engine: Any = self._deserialise(path)
-        _check_tensors(self._engine, spec, self._what, build_command)
+        _check_tensors(self._engine, spec, self._fixed, self._what, build_command)
         self._own_graphs = graphs and hasattr(library, "CudaGraphStrategy")
         self._captures = graphs and not self._own_graphs
         self._kernels = kernels
@@ -230,7 +230,7 @@ class EngineFile:
             if tensor.name in values:
                 self._view(tensor, shapes[tensor.name])[...] = values[tensor.name]
         outputs = self._outputs(index)
-        key = (index, self._scratch.generation, *shapes.values())
+        key = (index, *shapes.values())
         graph = self._captured.get(key)
         if graph is not None:
             graph.launch()
@@ -279,11 +279,18 @@ class EngineFile:
                 self._enqueue(index, shapes, outputs)
         except EngineError as error:
             self._captures, self.capture_failed = False, str(error)
-            self._captured.clear()
+            self._forget_graphs()
             self._enqueue(index, shapes, outputs)
             return
         self._captured[key] = graph
         graph.launch()
+
+    def _forget_graphs(self) -> None:
+        """Recorded passes hold addresses: when memory moves they are recorded anew."""
+        for graph in self._captured.values():
+            if graph is not None:
+                graph.free()
+        self._captured.clear()
 
     def _axes(self, values: Mapping[str, NDArray[Any]]) -> dict[str, int]:
         """Sizes of the named axes, from the arrays; EngineError where an array doesn't fit its tensor."""
@@ -323,6 +330,7 @@ class EngineFile:
         context, known = self._contexts[index], self._shapes[index]
         scratch = self._scratch.reserve(self.scratch_bytes)
         if self._scratch_seen[index] != self._scratch.generation:
+            self._forget_graphs()
             context.set_device_memory(scratch.address, scratch.nbytes)
             self._scratch_seen[index] = self._scratch.generation
         if not known:
@@ -351,6 +359,7 @@ class EngineFile:
             before = self._memory.get(tensor.name)
             self._reserve(tensor, shape)
             if self._memory[tensor.name] is not before:
+                self._forget_graphs()
                 self._contexts[index].set_tensor_address(tensor.name, self._memory[tensor.name].address)
                 for other, known in enumerate(self._shapes):
                     if other != index:
@@ -368,10 +377,7 @@ class EngineFile:
     def close(self) -> None:
         """Frees contexts, engine and memory, in this order."""
         self.save_kernels()
-        for graph in self._captured.values():
-            if graph is not None:
-                graph.free()
-        self._captured.clear()
+        self._forget_graphs()
         self._contexts.clear()
         self._kernel_cache = self._engine = self._runtime = None
         for memory in self._memory.values():
@@ -388,12 +394,14 @@ def _bounds(profile: EngineProfile) -> str:
     return " ".join(f"{axis} {low}..{high}" for axis, (low, _, high) in profile.axes.items())
 
 
-def _check_tensors(engine: Any, spec: EngineGraph, what: str, build_command: str) -> None:
+def _check_tensors(
+    engine: Any, spec: EngineGraph, fixed: Mapping[str, int], what: str, build_command: str
+) -> None:
     """The file's tensors and profiles are the manifest's; BundleError with the first that isn't."""
 
     def wrong(text: str) -> BundleError:
         return BundleError(
-            f"{what}: {text}, so it isn't the engine that {'bundle.json'} describes; build it again with "
+            f"{what}: {text}, so it isn't the engine that bundle.json describes; build it again with "
             f"`{build_command}`"
         )
 
@@ -412,12 +420,11 @@ def _check_tensors(engine: Any, spec: EngineGraph, what: str, build_command: str
         if (engine.get_tensor_mode(name).name == "INPUT") != (name in inputs):
             raise wrong(f"{name} is an {engine.get_tensor_mode(name).name.lower()}")
         shape = [int(size) for size in engine.get_tensor_shape(name)]
-        if len(shape) != len(tensor.shape) or any(
-            size != axis
-            for size, axis in zip(shape, tensor.shape, strict=True)
-            if size >= 0 and not isinstance(axis, str)
+        wanted = [fixed.get(axis, -1) if isinstance(axis, str) else axis for axis in tensor.shape]
+        if len(shape) != len(wanted) or any(
+            size != axis for size, axis in zip(shape, wanted, strict=True) if size >= 0 and axis >= 0
         ):
-            raise wrong(f"{name} has shape {shape}, expected {tensor.shape}")
+            raise wrong(f"{name} has shape {shape}, expected {wanted}")
         if name in inputs:
             _check_profiles(engine, spec, tensor, wrong)
 

@@ -120,8 +120,10 @@ class TensorRTEngine:
         self._device.activate()
         for future in closing:
             future.result().close()
-        if not names:
+        if closing:
+            # What it was sized for is gone; the next pass takes what its own engine needs.
             self._scratch.free()
+        if not names:
             self.length = 0
 
     def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
