@@ -53,7 +53,7 @@ KINDS = {
 def write_engine(path, onnx, profiles, *, version, sm, **how):
     """An engine file: the graph it runs, its profiles ({axis: (min, opt, max)} each), and how it misbehaves.
 
-    padded: the audio graph's rows come back [C, 50, H]; plugin: a name that no creator has; abort: ends the
+    padded: the audio graph's rows come back [C, 50, H], with how many count; plugin: a name that no creator has; abort: ends the
     process; unstreamable: can't be captured into a graph; sizes: of axes that are no profile's.
     """
     header = {"onnx": str(onnx), "profiles": profiles, "version": version, "sm": list(sm), **how}
@@ -125,6 +125,8 @@ class CudaEngine:
         )
         self.inputs = {one.name: one for one in self.session.get_inputs()}
         self.outputs = {one.name: one for one in self.session.get_outputs()}
+        if header.get("padded"):
+            self.outputs["tokens"] = types.SimpleNamespace(type="tensor(int64)", shape=["chunks"])
         self.names = [*self.inputs, *self.outputs]
         self.num_io_tensors = len(self.names)
         self.num_optimization_profiles = len(header["profiles"])
@@ -144,7 +146,7 @@ class CudaEngine:
     def get_tensor_shape(self, name):
         sizes = self.header.get("sizes", {})
         shape = [sizes.get(axis, axis) for axis in self._tensor(name).shape]
-        if self.header.get("padded") and name in self.outputs:
+        if self.header.get("padded") and name == "embeddings":
             shape = [-1, 50, shape[-1]]
         return tuple(axis if isinstance(axis, int) else -1 for axis in shape)
 
@@ -284,7 +286,8 @@ class Context:
         binding = engine.session.io_binding()
         for name in engine.names:
             if engine.header.get("padded") and name in engine.outputs:
-                binding.bind_output(name)
+                if name == "embeddings":
+                    binding.bind_output(name)
                 continue
             if addresses[name] not in values:
                 values[addresses[name]] = onnxruntime.OrtValue.ortvalue_from_numpy(tensor(name))
@@ -292,15 +295,16 @@ class Context:
             bind(name, values[addresses[name]])
         engine.session.run_with_iobinding(binding)
         if engine.header.get("padded"):
-            self._pad(binding.get_outputs()[0].numpy(), tensor("lengths"), tensor("embeddings"))
+            rows = binding.get_outputs()[0].numpy()
+            self._pad(rows, tensor("lengths"), tensor("embeddings"), tensor("tokens"))
 
     @staticmethod
-    def _pad(rows, lengths, out):
+    def _pad(rows, lengths, out, tokens):
         from crab_edge.features import audio_token_count
 
         begin = 0
-        for chunk, length in zip(out, lengths, strict=True):
-            count = audio_token_count(int(length))
+        tokens[:] = [audio_token_count(int(length)) for length in lengths]
+        for chunk, count in zip(out, tokens, strict=True):
             chunk[:count] = rows[begin : begin + count]
             begin += count
         assert begin == len(rows)

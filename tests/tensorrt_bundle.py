@@ -84,6 +84,7 @@ def _graph(content, name, folder, file, profiles):
     ]
     if name == "audio":
         outputs[0]["shape"] = ["chunks", 50, outputs[0]["shape"][-1]]
+        outputs.append({"name": "tokens", "dtype": "int64", "shape": ["chunks"]})
     aliases = {
         f"present.{i}.{part}": f"past.{i}.{part}"
         for i in range(content["model"]["layers"])

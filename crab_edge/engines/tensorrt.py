@@ -18,7 +18,6 @@ from crab_edge.engines import _cuda, _tensorrt_probe
 from crab_edge.engines import _tensorrt_check as checks
 from crab_edge.engines._tensorrt_graph import EngineFile, Scratch
 from crab_edge.errors import BundleError, EngineError, InputError
-from crab_edge.features import audio_token_count
 from crab_edge.manifest import COPY_AGAIN
 
 if TYPE_CHECKING:
@@ -144,15 +143,17 @@ class TensorRTEngine:
     def audio(self, chunks: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
         """Mel chunks float32 [C, n_mels, 200], valid frames int64 [C] -> embeddings float32 [n, H].
 
-        More chunks than the engine's profile takes go through it in parts: it never mixes them.
+        More chunks than the engine's profile takes go through it in parts: it never mixes them. The engine gives
+        the rows of padding too (`embeddings` [C, tokens, H]), and how many of a chunk count (`tokens` [C]).
         """
         file = self._file("audio")
         step = _largest(file.spec, "mel", 0)
         parts = []
         for begin in range(0, len(chunks), step):
             part = slice(begin, begin + step)
-            rows = file.run({"mel": chunks[part], "lengths": lengths[part]})["embeddings"]
-            parts.append(_valid(rows, lengths[part]))
+            out = file.run({"mel": chunks[part], "lengths": lengths[part]})
+            kept = zip(out["embeddings"], out["tokens"].astype(np.int64), strict=True)
+            parts += [rows[:count].copy() for rows, count in kept]
         return self._checked("audio", np.concatenate(parts), None)
 
     def _checked(self, name: str, out: NDArray[np.float32], rows: int | None) -> NDArray[np.float32]:
@@ -264,11 +265,3 @@ def _largest(spec: Any, name: str, place: int) -> int:
     if isinstance(axis, int):
         return axis
     return max(profile.axes[axis][2] for profile in spec.profiles if axis in profile.axes)
-
-
-def _valid(rows: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Rows [n, H] as they are; of padded ones [C, tokens, H] those that belong to valid frames."""
-    if rows.ndim == 2:
-        return rows.copy()
-    kept = [row[: audio_token_count(int(length))] for row, length in zip(rows, lengths, strict=True)]
-    return np.concatenate(kept)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 GRID = 16
 """Patches along each side of the model's 224x224 input."""
+VARIANT = "device"
+"""What stands behind the colon of `torch:cuda`."""
 
 
 class TorchEngine:
