@@ -22,6 +22,10 @@ class DataType(enum.Enum):
     FLOAT, HALF, INT32, INT64 = 0, 1, 2, 3
 
 
+class TensorLocation(enum.Enum):
+    DEVICE, HOST = 0, 1
+
+
 class TensorIOMode(enum.Enum):
     INPUT, OUTPUT = 0, 1
 
@@ -54,7 +58,8 @@ def write_engine(path, onnx, profiles, *, version, sm, **how):
     """An engine file: the graph it runs, its profiles ({axis: (min, opt, max)} each), and how it misbehaves.
 
     padded: the audio graph's rows come back [C, 50, H], with how many count; plugin: a name that no creator has; abort: ends the
-    process; unstreamable: can't be captured into a graph; sizes: of axes that are no profile's.
+    process; unstreamable: can't be captured into a graph; sizes: of axes that are no profile's; host: inputs that
+    are read on the host.
     """
     header = {"onnx": str(onnx), "profiles": profiles, "version": version, "sm": list(sm), **how}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +145,9 @@ class CudaEngine:
     def get_tensor_mode(self, name):
         return TensorIOMode.INPUT if name in self.inputs else TensorIOMode.OUTPUT
 
+    def get_tensor_location(self, name):
+        return TensorLocation.HOST if name in self.header.get("host", ()) else TensorLocation.DEVICE
+
     def get_tensor_dtype(self, name):
         return KINDS[self._tensor(name).type][0]
 
@@ -220,7 +228,8 @@ class Context:
     def set_tensor_address(self, name, address):
         if name not in self.engine.names:
             return False
-        assert address % 256 == 0
+        if name not in self.engine.header.get("host", ()):
+            assert address % 256 == 0
         self.addresses[name] = address
         return True
 
@@ -269,15 +278,22 @@ class Context:
             return False
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         shapes |= {name: self.get_tensor_shape(name) for name in self.engine.outputs}
-        self.driver.enqueue(stream, lambda: self._pass(shapes, addresses))
+        # What lies on the host is read now, the rest when the stream comes to it.
+        host = {}
+        for name in header.get("host", ()):
+            size = int(np.prod(shapes[name])) * np.dtype(KINDS[self.engine._tensor(name).type][1]).itemsize
+            host[name] = bytes(self.driver.pinned[addresses[name]][:size])
+        self.driver.enqueue(stream, lambda: self._pass(shapes, addresses, host))
         return True
 
-    def _pass(self, shapes, addresses):
+    def _pass(self, shapes, addresses, host):
         """The graph on device memory, in place: an output and an input at one address are one tensor."""
         import onnxruntime
 
         def tensor(name):
             kind = np.dtype(KINDS[self.engine._tensor(name).type][1])
+            if name in host:
+                return np.frombuffer(host[name], kind).reshape(shapes[name])
             size = int(np.prod(shapes[name])) * kind.itemsize
             return self.driver.block(addresses[name], size).view(kind).reshape(shapes[name])
 

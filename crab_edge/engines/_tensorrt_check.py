@@ -8,7 +8,7 @@ import importlib.util
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from crab_edge.errors import BundleError, CrabError, DependencyError, DeviceError, EngineError, InputError
@@ -33,11 +33,12 @@ _BESIDE_FILES = 64 << 20
 @dataclass(frozen=True)
 class Machine:
     """What decides whether an engine runs: `driver` the newest CUDA release it supports; `libraries` the
-    versions of those that are installed."""
+    versions of those that can be imported, `broken` why others that are there can't."""
 
     gpus: Sequence[Gpu]
     driver: tuple[int, int]
     libraries: Mapping[str, str]
+    broken: Mapping[str, str] = field(default_factory=dict)
 
 
 def choose(bundle: Bundle, target: str | None, machine: Machine) -> tuple[str, EngineInfo]:
@@ -92,11 +93,16 @@ def check(target: str, info: EngineInfo, machine: Machine) -> None:
             f"{info.library} {info.version} or newer)"
         )
     actual = machine.libraries.get(info.library)
+    if info.library in machine.broken:
+        raise DependencyError(
+            f"target {target} needs {info.library}, which is installed but can't be imported "
+            f"({machine.broken[info.library]}); {INSTALL[info.library]}"
+        )
     if actual is None:
         raise DependencyError(
             f"target {target} needs {info.library} {info.version}, which isn't installed; {INSTALL[info.library]}"
         )
-    if numbers(actual) != numbers(info.version):
+    if not same_release(actual, info.version):
         raise BundleError(
             f"target {target}: its engine was built with {info.library} {info.version}, but {actual} is installed, "
             f"and each release reads only its own engines; {rebuild} or install {info.library} {info.version}"
@@ -177,37 +183,44 @@ def cache_bytes(info: EngineInfo) -> int:
     return total
 
 
+def same_release(one: str, other: str) -> bool:
+    """Whether two versions are of one release, in as many numbers as both have (at least three)."""
+    a, b = numbers(one), numbers(other)
+    places = max(3, min(len(a), len(b)))
+    return a[:places] == b[:places]
+
+
 def numbers(version: str) -> tuple[int, ...]:
     """A release's numbers, without its suffix: "10.16.2.10" -> (10, 16, 2, 10)."""
     return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[+a-z]", version)[0]))
 
 
-def installed() -> dict[str, str]:
-    """Versions of the TensorRT libraries that can be imported here; one that can't is left out."""
-    found = {}
+def installed() -> tuple[dict[str, str], dict[str, str]]:
+    """Versions of the TensorRT libraries that can be imported here, and why others that are there can't."""
+    found, broken = {}, {}
     for name in LIBRARIES:
         if importlib.util.find_spec(name) is not None:
             try:
                 found[name] = str(importlib.import_module(name).__version__)
-            except (ImportError, OSError, AttributeError):
-                continue
-    return found
+            except (ImportError, OSError, RuntimeError, AttributeError) as error:
+                broken[name] = " ".join(str(error).split())[:200]
+    return found, broken
 
 
 # What the libraries write to their log, and the error that people get for it.
 _MESSAGES: tuple[tuple[str, type[CrabError], str], ...] = (
     (
-        r"not compatible with this version|version tag does not match|[Vv]ersion mismatch",
+        r"not compatible with this version|version tag does not match|[Vv]ersion mismatch|VERSION_MISMATCH",
         BundleError,
         "the engine is of another release of the library; build it again with `{build}`",
     ),
     (
-        r"incompatible device|expecting compute|[Cc]ompute capability",
+        r"incompatible device|expecting compute|[Cc]ompute capability|UNSUPPORTED_CC",
         BundleError,
         "the engine was built for another GPU; build it again on this one with `{build}`",
     ),
     (
-        r"UNSUPPORTED_PTX_VERSION|unsupported toolchain|OLD_CUDA_DRIVER|driver version is insufficient|CALL_REQUIRES_NEWER",
+        r"UNSUPPORTED_PTX_VERSION|unsupported toolchain|OLD_CUDA_|driver version is insufficient|CALL_REQUIRES_NEWER",
         DeviceError,
         "the NVIDIA driver is too old for the kernels in the engine; install a newer one (Jetson: a newer JetPack)",
     ),
@@ -217,7 +230,7 @@ _MESSAGES: tuple[tuple[str, type[CrabError], str], ...] = (
         "the engine needs a plugin that isn't in it; build it again with `{build}`",
     ),
     (
-        r"[Oo]ut ?[Oo]f ?[Mm]emory|OUT_OF_MEMORY|failed to allocate|[Rr]equested amount of GPU memory",
+        r"[Oo]ut ?[Oo]f ?[Mm]emory|OUT_OF_MEMORY|INSUFFICIENT_GPU_MEMORY|failed to allocate|[Rr]equested amount of GPU memory",
         DeviceError,
         "out of device memory; close other programs on the GPU, use --low-memory, or export with a smaller cache",
     ),
@@ -227,7 +240,7 @@ _MESSAGES: tuple[tuple[str, type[CrabError], str], ...] = (
         "the library finds no GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES",
     ),
     (
-        r"[Ss]erialization|magic|corrupt|truncated|[Dd]eseriali[sz]",
+        r"[Ss]erialization|magic|MALFORMED|corrupt|truncated|[Dd]eseriali[sz]",
         BundleError,
         "the engine file can't be read; build it again with `{build}`",
     ),

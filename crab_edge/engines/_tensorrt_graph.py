@@ -106,7 +106,8 @@ class EngineFile:
         self._engine: Any = self._deserialise(path)
         _check_tensors(self._engine, spec, self._fixed, self._what, build_command)
         self._own_graphs = graphs and hasattr(library, "CudaGraphStrategy")
-        self._captures = graphs and not self._own_graphs
+        self._on_host = self._host_inputs()
+        self._captures = graphs and not self._own_graphs and not self._on_host
         self._kernels = kernels
         self._kernel_cache: Any = None
         self._contexts = [self._context(index) for index in range(len(spec.profiles))]
@@ -116,16 +117,27 @@ class EngineFile:
         self._shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in self._contexts]
         self._scratch_seen = [-1 for _ in self._contexts]
         self._captured: dict[tuple[Any, ...], Graph | None] = {}
-        self.capture_failed = ""
+        self.capture_failed = f"{self._on_host[0]} is read by the CPU" if graphs and self._on_host else ""
 
     def _deserialise(self, path: Path) -> Any:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            engine = self._runtime.deserialize_cuda_engine(data)
+            engine = self._runtime.deserialize_cuda_engine(data) if self._valid(data) else None
         if engine is None:
             raise explain(
                 f"{path}: {self._library.__name__} can't open the engine", self._log.take(), self._build
             )
         return engine
+
+    def _valid(self, data: mmap.mmap) -> bool:
+        """What TensorRT-RTX says of the file's head, before all of it is read; TensorRT has no such question."""
+        if not hasattr(self._runtime, "get_engine_validity"):
+            return True
+        validity, why = self._runtime.get_engine_validity(data[: self._runtime.engine_header_size])
+        if validity.name != "INVALID":
+            return True
+        flags = self._library.EngineInvalidityDiagnostics.__members__.items()
+        self._log.said += [f"error: {name}" for name, flag in flags if int(why) & int(flag)]
+        return False
 
     def _context(self, index: int) -> Any:
         """A context on profile `index`, without memory of its own for activations."""
@@ -168,6 +180,11 @@ class EngineFile:
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+    def _host_inputs(self) -> list[str]:
+        """Inputs that the library reads itself, to compute shapes: bound to host memory, and never recorded."""
+        names = (tensor.name for tensor in self.spec.inputs)
+        return [name for name in names if self._engine.get_tensor_location(name).name == "HOST"]
 
     @property
     def scratch_bytes(self) -> int:
@@ -225,10 +242,10 @@ class EngineFile:
         axes = self._axes(values)
         index = self._profile(axes)
         shapes = {tensor.name: _sized(tensor, axes) for tensor in self.spec.inputs}
-        self._set_shapes(index, shapes)
         for tensor in self.spec.inputs:
             if tensor.name in values:
                 self._view(tensor, shapes[tensor.name])[...] = values[tensor.name]
+        self._set_shapes(index, shapes)
         outputs = self._outputs(index)
         key = (index, *shapes.values())
         graph = self._captured.get(key)
@@ -257,7 +274,7 @@ class EngineFile:
     ) -> None:
         """Copies in, the pass, copies out, in the stream."""
         for tensor in self.spec.inputs:
-            if tensor.name not in self._resident:
+            if tensor.name not in self._resident and tensor.name not in self._on_host:
                 self._device.upload(
                     self._view(tensor, shapes[tensor.name]), self._memory[tensor.name].address
                 )
@@ -336,7 +353,10 @@ class EngineFile:
         if not known:
             for tensor in (*self.spec.inputs, *self.spec.outputs):
                 held = self._memory.get(self._resident.get(tensor.name, tensor.name))
-                if held is not None and not context.set_tensor_address(tensor.name, held.address):
+                address = None if held is None else held.address
+                if tensor.name in self._on_host:
+                    address = self._host[tensor.name].ctypes.data
+                if address is not None and not context.set_tensor_address(tensor.name, address):
                     raise self._refused(f"{tensor.name} can't be bound")
         for name, shape in shapes.items():
             if known.get(name) != shape:

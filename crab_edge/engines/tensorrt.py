@@ -49,7 +49,7 @@ def create(
 def machine() -> checks.Machine:
     """GPUs, driver and libraries of this machine. DeviceError without a driver or a GPU."""
     driver = _cuda.driver()
-    return checks.Machine(driver.gpus(), driver.version(), checks.installed())
+    return checks.Machine(driver.gpus(), driver.version(), *checks.installed())
 
 
 class TensorRTEngine:

@@ -71,6 +71,12 @@ def test_an_engine_that_fits_is_chosen(bundle):
         ),
         ({}, machine(libraries={}), DependencyError, ["tensorrt 10.16.2", "JetPack", "crab-edge[tensorrt]"]),
         (
+            {},
+            checks.Machine([gpu()], (13, 0), {}, {"tensorrt": "libnvinfer.so.10: cannot open shared object file"}),
+            DependencyError,
+            ["can't be imported", "libnvinfer.so.10", "crab-edge[tensorrt]"],
+        ),
+        (
             {"library": "tensorrt_rtx", "kind": "rtx"},
             machine(),
             DependencyError,
@@ -282,3 +288,51 @@ def test_a_file_that_hangs(bundle, monkeypatch):
 def test_variants_that_do_not_exist(bundle, name):
     with pytest.raises(InputError):
         engines.create(name, bundle)
+
+
+def test_versions_are_compared_by_release():
+    assert checks.same_release("10.16.2", "10.16.2.10") and checks.same_release("1.7.1.116", "1.7.1")
+    assert not checks.same_release("10.16.2.10", "10.16.2.11")
+    assert not checks.same_release("1.7.1", "1.7.0") and not checks.same_release("10.16", "10.16.2")
+
+
+class TestRealLibrary:
+    """TensorRT-RTX itself, which reads heads of engine files and refuses without a GPU too."""
+
+    @pytest.fixture(scope="class")
+    def library(self):
+        return pytest.importorskip("tensorrt_rtx")
+
+    def test_it_has_what_the_runtime_calls(self, library):
+        """The fake's API is the real one's."""
+        for mine, real in (
+            (fake_tensorrt.Runtime, library.Runtime),
+            (fake_tensorrt.CudaEngine, library.ICudaEngine),
+            (fake_tensorrt.Context, library.IExecutionContext),
+            (fake_tensorrt.RuntimeConfig, library.IRuntimeConfig),
+            (fake_tensorrt.RuntimeCache, library.IRuntimeCache),
+        ):
+            names = [name for name in vars(mine) if not name.startswith("_")]
+            assert names and not [name for name in names if not hasattr(real, name)]
+        for name in ("num_io_tensors", "num_optimization_profiles"):
+            assert hasattr(library.ICudaEngine, name)
+        assert hasattr(library.IRuntimeConfig, "cuda_graph_strategy")
+        for mine in (
+            fake_tensorrt.DataType,
+            fake_tensorrt.TensorIOMode,
+            fake_tensorrt.TensorLocation,
+            fake_tensorrt.CudaGraphStrategy,
+            fake_tensorrt.ExecutionContextAllocationStrategy,
+        ):
+            assert set(mine.__members__) <= set(getattr(library, mine.__name__).__members__)
+
+    def test_a_file_that_is_no_engine(self, library, tmp_path, driver, bundle):
+        from crab_edge.engines._tensorrt_graph import EngineFile, Scratch
+
+        path = tmp_path / "rtx" / "decoder.engine"
+        path.parent.mkdir()
+        path.write_bytes(b"no engine" * 100)
+        device = _cuda.Device()
+        spec = bundle.manifest.engines["test"].graphs["decoder"]
+        with pytest.raises((BundleError, DeviceError), match=r"decoder\.engine: tensorrt_rtx can't open"):
+            EngineFile(library, device, Scratch(device), path, spec, build_command=BUILD)

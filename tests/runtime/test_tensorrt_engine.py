@@ -223,3 +223,14 @@ def test_a_file_that_is_not_the_manifests_engine(tmp_path, library):
     bundle = add_engines(tmp_path / "bundle", misbehave={"decoder": {"profiles": wrong}})
     with pytest.raises(BundleError, match=r"profile decode takes S \(1, 1, 4\).*expected \(1, 1, 8\).*crab-edge"):
         engines.create("tensorrt", bundle).forward(*made_up(bundle, 3))
+
+
+def test_an_input_that_the_library_reads_on_the_host(tmp_path, library, driver, reference):
+    bundle = add_engines(tmp_path / "bundle", misbehave={"decoder": {"host": ["seqlens_k"]}})
+    engine = engines.create("tensorrt", bundle)
+    embeds, positions = made_up(bundle, 6)
+    reference.rewind(0)
+    for at in range(6):
+        step = engine.forward(embeds[:, at : at + 1], positions[..., at : at + 1])
+        close(step, reference.forward(embeds[:, at : at + 1], positions[..., at : at + 1]))
+    assert driver.launches == 0 and "seqlens_k is read by the CPU" in engine.describe()["cuda_graph"]
