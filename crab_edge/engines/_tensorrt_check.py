@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 AHEAD_OF_TIME = (10, 9)
 """The first TensorRT that runs kernels which lie compiled in an engine."""
+PTX_DRIVER = (12, 5)
+"""The first CUDA release whose drivers compile the PTX of the plugins' kernels (ISA 8.5)."""
 INSTALL = {
     "tensorrt": "on a Jetson it comes with JetPack (make the environment with `--system-site-packages`), "
     "elsewhere run `pip install 'crab-edge[tensorrt]'`",
@@ -108,7 +110,7 @@ def check(target: str, info: EngineInfo, machine: Machine) -> None:
             f"and each release reads only its own engines; {rebuild} or install {info.library} {info.version}"
         )
     if info.plugins:
-        _check_plugins(target, info, actual, rebuild)
+        _check_plugins(target, info, actual, machine.driver, rebuild)
 
 
 def _check_card(target: str, info: EngineInfo, machine: Machine) -> None:
@@ -136,7 +138,9 @@ def _check_card(target: str, info: EngineInfo, machine: Machine) -> None:
     )
 
 
-def _check_plugins(target: str, info: EngineInfo, actual: str, rebuild: str) -> None:
+def _check_plugins(
+    target: str, info: EngineInfo, actual: str, driver: tuple[int, int], rebuild: str
+) -> None:
     names = ", ".join(sorted(info.plugins))
     if info.library == "tensorrt_rtx":
         raise BundleError(
@@ -147,6 +151,11 @@ def _check_plugins(target: str, info: EngineInfo, actual: str, rebuild: str) -> 
             f"target {target}: its engine has plugins with their kernels inside ({names}), which TensorRT runs from "
             f"{'.'.join(map(str, AHEAD_OF_TIME))} on, but {actual} is installed (JetPack 6.2 has 10.3); update "
             "JetPack, or use --engine onnxruntime"
+        )
+    if driver < PTX_DRIVER:
+        raise DeviceError(
+            f"target {target}: its plugins' kernels ({names}) need a driver for CUDA {PTX_DRIVER[0]}.{PTX_DRIVER[1]} or "
+            f"newer, and this one supports {driver[0]}.{driver[1]}; update the NVIDIA driver (Jetson: JetPack)"
         )
 
 

@@ -108,6 +108,12 @@ def test_an_engine_that_fits_is_chosen(bundle):
             BundleError,
             ["crab::ILoRARoute", "10.9", "10.3.0", "JetPack"],
         ),
+        (
+            {"plugins": {"crab::ILoRARoute": "0" * 64}},
+            machine(driver=(12, 2)),
+            DeviceError,
+            ["crab::ILoRARoute", "CUDA 12.5", "supports 12.2"],
+        ),
     ],
 )
 def test_the_manifest_says_why_not(bundle, changes, here, error, words):
