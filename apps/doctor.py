@@ -97,18 +97,21 @@ def _print_findings(console: Console, findings: list[Finding]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("engine", "", "version", "seconds", "what happened"):
+    for title in ("engine", "", "version", "seconds", "answer"):
         table.add_column(title, overflow="fold", no_wrap=title in ("engine", "", "seconds"))
     for one in findings:
-        facts = [f"{name}: {text}" for name, text in one.facts.items() if name not in ("version", "engine")]
-        said = [] if one.answer is None else [f"answered {one.answer!r}"]
-        told = [*said, *facts, *one.notes, *([one.problem] if one.problem else [])]
         colour = COLOURS[one.state]
         table.add_row(
             one.engine,
             f"[{colour}]{one.state}[/{colour}]",
             escape(printable(one.facts.get("version", ""))),
             "" if one.seconds is None else f"{one.seconds:.2f}",
-            escape(printable("\n".join(told))),
+            escape(printable("" if one.answer is None else repr(one.answer))),
         )
     console.print(table)
+    # Not in the table: commands in them are copied, so they must not be folded.
+    for one in findings:
+        facts = [f"{name}: {text}" for name, text in one.facts.items() if name not in ("version", "engine")]
+        console.print(f"\n[bold]{one.engine}[/bold] [dim]{escape(printable(', '.join(facts)))}[/dim]", soft_wrap=True)
+        for text in (*one.notes, *([one.problem] if one.problem else [])):
+            console.print(f"  {escape(printable(text))}", soft_wrap=True)

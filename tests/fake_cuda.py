@@ -177,6 +177,12 @@ class FakeDriver:
     def _cuMemFreeHost(self, address):
         return OK if self.pinned.pop(_number(address), None) is not None else INVALID
 
+    def own_memory(self, size):
+        """Memory that a library takes for itself."""
+        block = np.zeros(size, np.uint8)
+        self.memory[block.ctypes.data] = block
+        return block
+
     def block(self, address, size):
         """The device bytes from `address` on; an error where they aren't all in one allocation."""
         for start, block in self.memory.items():

@@ -176,7 +176,13 @@ class CudaEngine:
         assert self.runtime.module.__name__ == "tensorrt_rtx"
         return RuntimeConfig()
 
-    def create_execution_context(self, how):
+    def create_execution_context(self, how=ExecutionContextAllocationStrategy.STATIC):
+        if how is ExecutionContextAllocationStrategy.STATIC:
+            context = Context(self, how)
+            context.profile, context.shapes = 0, {name: one.shape for name, one in self.inputs.items()}
+            memory = self.runtime.driver.own_memory(SCRATCH)
+            context.scratch = (memory.ctypes.data, SCRATCH)
+            return context
         if isinstance(how, RuntimeConfig):
             assert how.strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         else:

@@ -55,10 +55,13 @@ class Finding:
 
 
 def chosen(name: str | None) -> list[str]:
-    """The engines that `name` means: one of ENGINES, or all of a family (`onnxruntime`). InputError if none."""
+    """The engines that `name` means: one of ENGINES, or all with that half of a name (`onnxruntime`, `cuda`).
+
+    InputError if there is none.
+    """
     if name is None:
         return list(ENGINES)
-    found = [one for one in ENGINES if name in (one, one.partition(":")[0])]
+    found = [one for one in ENGINES if name in (one, *one.split(":"))]
     if not found:
         families = dict.fromkeys(one.partition(":")[0] for one in ENGINES)
         raise InputError(f"unknown engine {name!r}; choose one of: {', '.join((*families, *ENGINES))}")
