@@ -24,7 +24,9 @@ def command(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option("--engine", "-e", help="Examine this engine (onnxruntime) or variant (torch:cuda) only."),
+        typer.Option(
+            "--engine", "-e", help="Examine this engine (onnxruntime) or variant (torch:cuda) only."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one engine may take.")] = 180.0,
@@ -84,7 +86,10 @@ def _print_machine(console: Console, here: Machine) -> None:
         shared = ", memory shared with the CPU" if gpu["integrated"] else ""
         line(
             "gpu",
-            f"{index}: {gpu['name']}, compute capability {gpu['capability']}, {size(gpu['memory_bytes'])}{shared}",
+            (
+                f"{index}: {gpu['name']}, compute capability {gpu['capability']}, "
+                f"{size(gpu['memory_bytes'])}{shared}"
+            ),
         )
     if here.gpu_problem is not None:
         line("gpu", here.gpu_problem)
@@ -112,6 +117,8 @@ def _print_findings(console: Console, findings: list[Finding]) -> None:
     # Not in the table: commands in them are copied, so they must not be folded.
     for one in findings:
         facts = [f"{name}: {text}" for name, text in one.facts.items() if name not in ("version", "engine")]
-        console.print(f"\n[bold]{one.engine}[/bold] [dim]{escape(printable(', '.join(facts)))}[/dim]", soft_wrap=True)
+        console.print(
+            f"\n[bold]{one.engine}[/bold] [dim]{escape(printable(', '.join(facts)))}[/dim]", soft_wrap=True
+        )
         for text in (*one.notes, *([one.problem] if one.problem else [])):
             console.print(f"  {escape(printable(text))}", soft_wrap=True)

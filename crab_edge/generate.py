@@ -135,7 +135,9 @@ class Generator:
 
     @property
     def room(self) -> int:
-        """Tokens that prompt and answer may have together: the model's, or fewer where the engine's cache is."""
+        """Tokens that prompt and answer may have together: the model's, or fewer where the engine's cache
+        is.
+        """
         positions = self.bundle.manifest.model.max_positions
         return min(positions, getattr(self.engine, "capacity", positions))
 
@@ -144,7 +146,8 @@ class Generator:
         if tokens >= limit:
             holder = model.name if limit == model.max_positions else f"the cache of engine {self.engine.name}"
             raise InputError(
-                f"the prompt takes {tokens} tokens, but {holder} holds {limit}; give a shorter clip or question"
+                f"the prompt takes {tokens} tokens, but {holder} holds {limit}; give a shorter clip or "
+                "question"
             )
 
     def _forward(self, embeds: NDArray[np.float32], positions: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -61,8 +61,9 @@ def load(
     "tensorrt", "tensorrt:TARGET", "torch", or "auto".
 
     low_memory: encoders are closed before the decoder runs, and opened again for the next media; None lets
-    the engine decide. provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt-rtx"; the same as behind the colon.
-    Raises BundleError, DependencyError, EngineError or InputError, each with one line that says what to do.
+    the engine decide. provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt-rtx"; the same as behind the
+    colon. Raises BundleError, DependencyError, EngineError or InputError, each with one line that says what
+    to do.
     """
     if bundle is None:
         bundle = default_bundle()

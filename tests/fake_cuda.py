@@ -1,5 +1,5 @@
-"""A driver library in Python: "device memory" is host memory with its bounds kept, and work put into a stream runs
-when somebody waits for it, so that a missing wait, copy or bound shows.
+"""A driver library in Python: "device memory" is host memory with its bounds kept, and work put into a
+stream runs when somebody waits for it, so that a missing wait, copy or bound shows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,15 @@ import threading
 
 import numpy as np
 
-OK, INVALID, OUT_OF_MEMORY, NO_DEVICE, NO_CONTEXT, CAPTURE_UNSUPPORTED, CAPTURE_BROKEN = 0, 1, 2, 100, 201, 900, 901
+OK, INVALID, OUT_OF_MEMORY, NO_DEVICE, NO_CONTEXT, CAPTURE_UNSUPPORTED, CAPTURE_BROKEN = (
+    0,
+    1,
+    2,
+    100,
+    201,
+    900,
+    901,
+)
 NAMES = {
     1: b"CUDA_ERROR_INVALID_VALUE",
     2: b"CUDA_ERROR_OUT_OF_MEMORY",

@@ -1,6 +1,6 @@
-"""A TensorRT in Python over `tests.fake_cuda`: an engine file names an ONNX graph, and a pass runs that graph in
-ONNX Runtime on the very bytes that the tensors' addresses point to. So what a session on it answers is right, or
-an address, shape, profile or copy was wrong.
+"""A TensorRT in Python over `tests.fake_cuda`: an engine file names an ONNX graph, and a pass runs that
+graph in ONNX Runtime on the very bytes that the tensors' addresses point to. So what a session on it answers
+is right, or an address, shape, profile or copy was wrong.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ KINDS = {
 def write_engine(path, onnx, profiles, *, version, sm, **how):
     """An engine file: the graph it runs, its profiles ({axis: (min, opt, max)} each), and how it misbehaves.
 
-    padded: the audio graph's rows come back [C, 50, H], with how many count; plugin: a name that no creator has; abort: ends the
-    process; unstreamable: can't be captured into a graph; sizes: of axes that are no profile's; host: inputs that
-    are read on the host.
+    padded: the audio graph's rows come back [C, 50, H], with how many count; plugin: a name that no creator
+    has; abort: ends the process; unstreamable: can't be captured into a graph; sizes: of axes that are no
+    profile's; host: inputs that are read on the host.
     """
     header = {"onnx": str(onnx), "profiles": profiles, "version": version, "sm": list(sm), **how}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,14 +97,17 @@ class Runtime:
     def deserialize_cuda_engine(self, data):
         data = bytes(data)
         if not data.startswith(MAGIC):
-            self._error("IRuntime::deserializeCudaEngine: Error Code 1: Serialization (magicTag assertion failed.)")
+            self._error(
+                "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (magicTag assertion failed.)"
+            )
             return None
         header = json.loads(data[len(MAGIC) :])
         if header.get("abort"):
             os.abort()
         if header["version"] != self.module.__version__:
             self._error(
-                "The engine plan file is not compatible with this version of TensorRT, expecting library version "
+                "The engine plan file is not compatible with this version of TensorRT, expecting library "
+                "version "
                 f"{self.module.__version__} got {header['version']}, please rebuild."
             )
             return None
@@ -241,9 +244,7 @@ class Context:
 
     def set_input_shape(self, name, shape):
         low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
-        if len(shape) != len(low) or any(
-            not a <= b <= c for a, b, c in zip(low, shape, high, strict=True)
-        ):
+        if len(shape) != len(low) or any(not a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
             self.logger.log(
                 Severity.ERROR, f"IExecutionContext::setInputShape: {name} {shape} not in {low}..{high}"
             )

@@ -1,5 +1,5 @@
-"""Which engines run on this machine: each launches a kernel and asks the model one question, in a process of its
-own with a time limit, so that one that aborts or hangs is a finding.
+"""Which engines run on this machine: each launches a kernel and asks the model one question, in a process of
+its own with a time limit, so that one that aborts or hangs is a finding.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _SAID = 300
 class Finding:
     """What one engine did.
 
-    state: "works" (it answered), "kernel only" (a kernel ran, the bundle didn't), "fails" (it is there and runs
-    nothing), "missing". facts: such as version, device, kernel. seconds: loading, encoding and answering,
-    interpreter left out. problem: why it isn't "works", with the way out.
+    state: "works" (it answered), "kernel only" (a kernel ran, the bundle didn't), "fails" (it is there and
+    runs nothing), "missing". facts: such as version, device, kernel. seconds: loading, encoding and
+    answering, interpreter left out. problem: why it isn't "works", with the way out.
     """
 
     engine: str
@@ -68,9 +68,7 @@ def chosen(name: str | None) -> list[str]:
     return found
 
 
-def examine(
-    names: Sequence[str], bundle: Path, clip: Path, *, limit_s: float = LIMIT_S
-) -> Iterator[Finding]:
+def examine(names: Sequence[str], bundle: Path, clip: Path, *, limit_s: float = LIMIT_S) -> Iterator[Finding]:
     """Examines one engine after another."""
     for name in names:
         yield _examine(name, bundle, clip, limit_s)
@@ -129,7 +127,9 @@ def _finding(
     if finding.state == "missing":
         finding.state = "fails"
     if code is None:
-        finding.problem = f"{step} hung: stopped after {seconds:.0f} s (--timeout); check the driver with `nvidia-smi`"
+        finding.problem = (
+            f"{step} hung: stopped after {seconds:.0f} s (--timeout); check the driver with `nvidia-smi`"
+        )
         return finding
     how = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
     said = " ".join(error.decode(errors="replace").split())[-_SAID:]

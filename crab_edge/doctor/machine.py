@@ -32,8 +32,8 @@ _JETPACKS = (
 
 @dataclass(frozen=True)
 class Machine:
-    """Facts that decide what runs. cpu_int8, cpu_wide: names of instructions, None where there are none of use;
-    cuda: the newest CUDA release that the driver supports; ptx: the newest PTX ISA that it compiles."""
+    """Facts that decide what runs. cpu_int8, cpu_wide: names of instructions, None where there are none of
+    use; cuda: the newest CUDA release that the driver supports; ptx: the newest PTX ISA that it compiles."""
 
     system: str
     python: str

@@ -64,7 +64,9 @@ def _ask(engine: str, bundle: Path, clip: Path, say: Say) -> None:
     answer = model.open(clip).ask(QUESTION, max_new_tokens=_TOKENS)
     assert not isinstance(answer, list)
     described = model.engine.describe()
-    shown = {key: str(described[key]) for key in ("provider", "dtype", "device", "target") if key in described}
+    shown = {
+        key: str(described[key]) for key in ("provider", "dtype", "device", "target") if key in described
+    }
     say(
         state="works",
         seconds=round(time.perf_counter() - started, 3),
@@ -83,8 +85,8 @@ def _target(bundle: Any, library: str) -> str:
     if not mine:
         target = "rtx" if library == "tensorrt_rtx" else checks.suggestion(here)
         raise InputError(
-            f"{bundle.manifest.model.name} has no engine for {library}; make one with `crab-edge export --bundle "
-            f"{bundle.path} --target {target} --out DIR`, then `crab-edge doctor DIR`"
+            f"{bundle.manifest.model.name} has no engine for {library}; make one with `crab-edge export "
+            f"--bundle {bundle.path} --target {target} --out DIR`, then `crab-edge doctor DIR`"
         )
     only = type(bundle)(bundle.path, bundle.manifest.model_copy(update={"engines": mine}))
     return checks.choose(only, None, here)[0]
@@ -107,7 +109,8 @@ def _onnxruntime(variant: str, say: Say) -> None:
     say(facts={"version": onnxruntime.__version__, "package": ", ".join(packages) or "not pip's"})
     if len(packages) > 1:
         names = " and ".join(packages)
-        say(notes=[f"{names} are both installed and overwrite each other; keep one: `{providers.ONE_PACKAGE}`"])
+        keep = providers.ONE_PACKAGE.format(extra="gpu" if variant == "cuda" else "cpu")
+        say(notes=[f"{names} are both installed and overwrite each other; keep one: `{keep}`"])
     providers.check(provider, onnxruntime)
     say(step=f"running a product on {provider.package}")
     options = onnxruntime.SessionOptions()
@@ -150,7 +153,7 @@ def _tensorrt(library: str, say: Say) -> None:
     """An engine of one node: built, opened and run on the GPU."""
     import numpy as np
 
-    from crab_edge.doctor.machine import jetson_linux, jetpack
+    from crab_edge.doctor.machine import jetpack, jetson_linux
     from crab_edge.engines import _cuda
     from crab_edge.engines import _tensorrt_check as checks
     from crab_edge.engines._tensorrt_graph import make_log
@@ -167,8 +170,8 @@ def _tensorrt(library: str, say: Say) -> None:
         here = f" (JetPack {jetpack(linux)})" if linux else ""
         say(
             notes=[
-                f"TensorRT {found[library]}{here} can't run plugins whose kernels lie in the engine: that began with "
-                "10.9, JetPack 7.2 has 10.16. Here engines without plugins run, and ONNX Runtime"
+                f"TensorRT {found[library]}{here} can't run plugins whose kernels lie in the engine: that "
+                "began with 10.9, JetPack 7.2 has 10.16. Here engines without plugins run, and ONNX Runtime"
             ]
         )
     log = make_log(module)
@@ -190,7 +193,9 @@ def _tensorrt(library: str, say: Say) -> None:
         raise DeviceError("tensorrt_rtx has no kernels for Jetson Orin; use JetPack's tensorrt")
     engine = module.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:
-        raise checks.explain(f"{library} can't open the engine it has just built", log.take(), "crab-edge export")
+        raise checks.explain(
+            f"{library} can't open the engine it has just built", log.take(), "crab-edge export"
+        )
     context = engine.create_execution_context()
     if context is None:
         raise checks.explain(f"{library} can't run an engine", log.take(), "crab-edge export")
@@ -234,7 +239,9 @@ def _same(actual: Any, expected: Any, where: str) -> None:
     import numpy as np
 
     if not np.allclose(actual, expected, rtol=1e-3, atol=1e-3):
-        raise EngineError(f"{where} computes wrong numbers; reinstall it, and the NVIDIA driver if it runs on a GPU")
+        raise EngineError(
+            f"{where} computes wrong numbers; reinstall it, and the NVIDIA driver if it runs on a GPU"
+        )
 
 
 if __name__ == "__main__":

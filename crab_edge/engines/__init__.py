@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 AUTO = "onnxruntime"
 INSTALL = {
     "onnxruntime": "pip install 'crab-edge[cpu]'",
-    "tensorrt": "pip install 'crab-edge[rtx]'` for an RTX card, `pip install 'crab-edge[tensorrt]'",
+    "tensorrt": "pip install 'crab-edge[tensorrt]'",
     "torch": "pip install 'crab-edge[train]'",
 }
-# Packages of which one will do, where they aren't called like the engine.
-PACKAGES = {"tensorrt": ("tensorrt", "tensorrt_rtx")}
+ALTERNATIVES = {"tensorrt": {"tensorrt_rtx": "pip install 'crab-edge[rtx]'"}}
+"""Packages that will do in place of the one that an engine is called after, and how to install them."""
 
 
 class Engine(Protocol):
@@ -113,7 +113,8 @@ def available() -> list[str]:
 
 
 def _installed(name: str) -> bool:
-    return any(importlib.util.find_spec(package) is not None for package in PACKAGES.get(name, (name,)))
+    packages = (name, *ALTERNATIVES.get(name, ()))
+    return any(importlib.util.find_spec(package) is not None for package in packages)
 
 
 def create(name: str, bundle: Bundle, *, threads: int | None = None, **options: Any) -> Engine:
@@ -130,9 +131,10 @@ def create(name: str, bundle: Bundle, *, threads: int | None = None, **options: 
     if name not in names():
         raise InputError(f"unknown engine {name!r}; choose one of: auto, {', '.join(names())}")
     if not _installed(name):
-        needed = " or ".join(PACKAGES.get(name, (name,)))
+        others = ALTERNATIVES.get(name, {}).items()
         raise DependencyError(
-            f"engine {name} needs the package {needed}; run `{INSTALL.get(name, 'pip install ' + name)}`"
+            f"engine {name} needs the package {name}; run `{INSTALL.get(name, 'pip install ' + name)}`"
+            + "".join(f", or `{way}` for {package}" for package, way in others)
         )
     module = importlib.import_module(f"{__name__}.{name}")
     if colon:

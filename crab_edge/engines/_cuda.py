@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from crab_edge.errors import DeviceError, EngineError
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 LIBRARY = "libcuda.so.1"
@@ -89,8 +88,8 @@ def _load() -> Any:
         return ctypes.CDLL(LIBRARY)
     except OSError:
         raise DeviceError(
-            f"no NVIDIA driver on this machine ({LIBRARY} can't be loaded); install the driver for its GPU, or "
-            "run on the CPU with `--engine onnxruntime`"
+            f"no NVIDIA driver on this machine ({LIBRARY} can't be loaded); install the driver for its GPU, "
+            "or run on the CPU with `--engine onnxruntime`"
         ) from None
 
 
@@ -128,17 +127,18 @@ class Driver:
         said = text.value.decode() if known and text.value else f"error {status}"
         if status == OUT_OF_MEMORY:
             return DeviceError(
-                f"out of device memory ({name}: {said}); close other programs on the GPU, use --low-memory, or "
-                "export the engine with a smaller cache"
+                f"out of device memory ({name}: {said}); close other programs on the GPU, use --low-memory, "
+                "or export the engine with a smaller cache"
             )
         if status == NO_DEVICE:
             return DeviceError(
-                f"the NVIDIA driver finds no GPU ({said}); check `nvidia-smi` and CUDA_VISIBLE_DEVICES, and in a "
-                "container start it with `--gpus all` (Jetson: `--runtime nvidia`)"
+                f"the NVIDIA driver finds no GPU ({said}); check `nvidia-smi` and CUDA_VISIBLE_DEVICES, and "
+                "in a container start it with `--gpus all` (Jetson: `--runtime nvidia`)"
             )
         if status in _OLD_DRIVER:
             return DeviceError(
-                f"{_OLD_DRIVER[status]} ({name}: {said}); install a newer NVIDIA driver (Jetson: a newer JetPack)"
+                f"{_OLD_DRIVER[status]} ({name}: {said}); install a newer NVIDIA driver (Jetson: a newer "
+                "JetPack)"
             )
         return EngineError(f"the NVIDIA driver refused {name}: {said}; run `crab-edge doctor`")
 
@@ -206,7 +206,9 @@ class Device:
         return Memory(self._driver, address.value, nbytes)
 
     def pinned(self, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
-        """An array in page-locked host memory, from and to which copies don't wait. Freed with its last view."""
+        """An array in page-locked host memory, from and to which copies don't wait. Freed with its last
+        view.
+        """
         import numpy as np
 
         kind = np.dtype(dtype)
@@ -221,7 +223,9 @@ class Device:
         self._driver.call("cuMemsetD8Async", memory.address, 0, memory.nbytes, self.stream)
 
     def upload(self, array: NDArray[Any], address: int) -> None:
-        """Copies a contiguous array to the device, in the stream's order; it must live until `synchronize`."""
+        """Copies a contiguous array to the device, in the stream's order; it must live until
+        `synchronize`.
+        """
         self._driver.call("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, self.stream)
 
     def download(self, address: int, array: NDArray[Any]) -> None:

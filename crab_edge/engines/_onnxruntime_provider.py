@@ -1,5 +1,6 @@
 """Where ONNX Runtime runs: the CPU, CUDA, or NVIDIA's TensorRT-RTX plugin. Whoever asks for one gets it or an
-error: ONNX Runtime itself goes on on the CPU when a provider can't be loaded, or takes only some of the nodes.
+error: ONNX Runtime itself goes on on the CPU when a provider can't be loaded, or takes only some of the
+nodes.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 ONE_PACKAGE = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'crab-edge[{extra}]'"
 # What providers leave on the CPU on purpose: small integers that say how large things are.
 SHAPE_NODES = frozenset(
-    """Add And Cast Concat Constant ConstantOfShape Div Equal Expand Gather Greater GreaterOrEqual Identity Less
-    LessOrEqual Max MemcpyFromHost MemcpyToHost Min Mul Neg NonZero Not Or Range ReduceMax ReduceSum Reshape Shape
-    Size Slice Split Squeeze Sub Transpose Unsqueeze Where""".split()
+    """Add And Cast Concat Constant ConstantOfShape Div Equal Expand Gather Greater GreaterOrEqual Identity
+    Less LessOrEqual Max MemcpyFromHost MemcpyToHost Min Mul Neg NonZero Not Or Range ReduceMax ReduceSum
+    Reshape Shape Size Slice Split Squeeze Sub Transpose Unsqueeze Where""".split()
 )
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way of ONNX Runtime to run. `name` is ours; `device` where its tensors lie, in ONNX Runtime's words."""
+    """A way of ONNX Runtime to run. `name` is ours; `device` where its tensors lie, in ONNX Runtime's
+    words.
+    """
 
     name: str
     package: str
@@ -55,7 +58,9 @@ PROVIDERS = {
 def find(name: str) -> Provider:
     """The provider of that name. InputError lists them."""
     if name not in PROVIDERS:
-        raise InputError(f"ONNX Runtime's provider {name!r} is unknown; choose one of: {', '.join(PROVIDERS)}")
+        raise InputError(
+            f"ONNX Runtime's provider {name!r} is unknown; choose one of: {', '.join(PROVIDERS)}"
+        )
     return PROVIDERS[name]
 
 
@@ -71,7 +76,9 @@ def installed() -> dict[str, str]:
 
 
 def check(provider: Provider, onnxruntime: Any) -> None:
-    """Raises the error that says why `provider` can't run here: a package, a GPU or a library that is missing."""
+    """Raises the error that says why `provider` can't run here: a package, a GPU or a library that is
+    missing.
+    """
     if provider.on_cpu:
         return
     packages = installed()
@@ -97,7 +104,7 @@ def check(provider: Provider, onnxruntime: Any) -> None:
     # Says it if there is no driver or no GPU.
     _cuda.driver()
     if hasattr(onnxruntime, "preload_dlls"):
-        # CUDA's libraries from pip's wheels, where they were installed that way; the system's are found anyway.
+        # CUDA's libraries from pip's wheels; the system's are found anyway.
         onnxruntime.preload_dlls()
 
 
@@ -115,10 +122,12 @@ def options_for(provider: Provider, onnxruntime: Any, options: Any) -> list[str]
     except Exception as error:
         if "already" not in str(error).lower():
             raise DeviceError(
-                f"onnxruntime can't load its TensorRT-RTX plugin ({_one_line(error)}); update the NVIDIA driver, "
-                f"or reinstall it with `{PLUGIN_INSTALL}`"
+                f"onnxruntime can't load its TensorRT-RTX plugin ({_one_line(error)}); update the NVIDIA "
+                f"driver, or reinstall it with `{PLUGIN_INSTALL}`"
             ) from error
-    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name in (name, provider.package)]
+    devices = [
+        device for device in onnxruntime.get_ep_devices() if device.ep_name in (name, provider.package)
+    ]
     if not devices:
         raise DeviceError(
             "onnxruntime's TensorRT-RTX plugin finds no GPU that it can use (it needs an RTX card, Ampere or "
@@ -141,9 +150,9 @@ def assert_runs(provider: Provider, session: Any, path: Path) -> None:
         return
     if not actual or actual[0] == CPU:
         raise DeviceError(
-            f"{path}: {provider.package} was asked for and {', '.join(actual) or 'none'} runs: its CUDA or cuDNN "
-            "libraries can't be loaded; run `pip install 'onnxruntime-gpu[cuda,cudnn]'`, or install CUDA for your "
-            "system (Jetson: JetPack)"
+            f"{path}: {provider.package} was asked for and {', '.join(actual) or 'none'} runs: its CUDA or "
+            "cuDNN libraries can't be loaded; run `pip install 'onnxruntime-gpu[cuda,cudnn]'`, or install "
+            "CUDA for your system (Jetson: JetPack)"
         )
     if not hasattr(session, "get_provider_graph_assignment_info"):
         raise DependencyError(
@@ -171,7 +180,8 @@ def _strays(session: Any) -> Counter[str]:
 def _way(provider: Provider, strays: Counter[str]) -> str:
     if provider.name == "cuda" and "GroupQueryAttention" in strays:
         return (
-            "CUDA's attention takes a cache in float16, so export with `--kv float16`, or use --engine onnxruntime"
+            "CUDA's attention takes a cache in float16, so export with `--kv float16`, or use --engine "
+            "onnxruntime"
         )
     if provider.name == "tensorrt-rtx":
         return "export an engine with `crab-edge export --target rtx` and use --engine tensorrt"
@@ -188,8 +198,8 @@ def refused(provider: Provider, what: str, said: str) -> EngineError:
         )
     if re.search(r"no kernel image|unsupported toolchain|driver version is insufficient", said):
         return DeviceError(
-            f"{what}: this onnxruntime has no kernels for the GPU or its driver ({said}); update the NVIDIA driver, "
-            "or use --engine onnxruntime"
+            f"{what}: this onnxruntime has no kernels for the GPU or its driver ({said}); update the NVIDIA "
+            "driver, or use --engine onnxruntime"
         )
     return EngineError(f"{what}: {said}")
 

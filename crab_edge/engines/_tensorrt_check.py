@@ -46,8 +46,8 @@ class Machine:
 def choose(bundle: Bundle, target: str | None, machine: Machine) -> tuple[str, EngineInfo]:
     """The engine to run: the one named, or the first that fits this machine.
 
-    Raises InputError, BundleError, DependencyError or DeviceError that says what keeps it from running and the
-    way out; of several engines that don't fit, the first one's that is made for this card.
+    Raises InputError, BundleError, DependencyError or DeviceError that says what keeps it from running and
+    the way out; of several engines that don't fit, the first one's that is made for this card.
     """
     found = bundle.manifest.engines
     if not found:
@@ -86,7 +86,9 @@ def suggestion(machine: Machine) -> str:
 
 
 def check(target: str, info: EngineInfo, machine: Machine) -> None:
-    """Raises the error that says why this engine can't run on this machine; returns if nothing speaks against it."""
+    """Raises the error that says why this engine can't run on this machine; returns if nothing speaks
+    against it.
+    """
     _check_card(target, info, machine)
     rebuild = f"build it again with `{info.build_command}`"
     if not info.built:
@@ -102,12 +104,14 @@ def check(target: str, info: EngineInfo, machine: Machine) -> None:
         )
     if actual is None:
         raise DependencyError(
-            f"target {target} needs {info.library} {info.version}, which isn't installed; {INSTALL[info.library]}"
+            f"target {target} needs {info.library} {info.version}, which isn't installed; "
+            f"{INSTALL[info.library]}"
         )
     if not same_release(actual, info.version):
         raise BundleError(
-            f"target {target}: its engine was built with {info.library} {info.version}, but {actual} is installed, "
-            f"and each release reads only its own engines; {rebuild} or install {info.library} {info.version}"
+            f"target {target}: its engine was built with {info.library} {info.version}, but {actual} is "
+            f"installed, and each release reads only its own engines; {rebuild} or install {info.library} "
+            f"{info.version}"
         )
     if info.plugins:
         _check_plugins(target, info, actual, machine.driver, rebuild)
@@ -116,15 +120,16 @@ def check(target: str, info: EngineInfo, machine: Machine) -> None:
 def _check_card(target: str, info: EngineInfo, machine: Machine) -> None:
     if not machine.gpus:
         raise DeviceError(
-            f"target {target} needs a GPU, and the driver finds none; check `nvidia-smi` and CUDA_VISIBLE_DEVICES, "
-            "or use --engine onnxruntime"
+            f"target {target} needs a GPU, and the driver finds none; check `nvidia-smi` and "
+            "CUDA_VISIBLE_DEVICES, or use --engine onnxruntime"
         )
     first = machine.gpus[0]
     if first.sm in info.sm:
         return
     made_for = ", ".join(f"{sm // 10}.{sm % 10}" for sm in info.sm)
     text = (
-        f"target {target} is for compute capability {made_for}, but GPU 0, {first.name}, has {first.capability}"
+        f"target {target} is for compute capability {made_for}, but GPU 0, {first.name}, has "
+        f"{first.capability}"
     )
     other = next((gpu for gpu in machine.gpus if gpu.sm in info.sm), None)
     if other is not None:
@@ -138,9 +143,7 @@ def _check_card(target: str, info: EngineInfo, machine: Machine) -> None:
     )
 
 
-def _check_plugins(
-    target: str, info: EngineInfo, actual: str, driver: tuple[int, int], rebuild: str
-) -> None:
+def _check_plugins(target: str, info: EngineInfo, actual: str, driver: tuple[int, int], rebuild: str) -> None:
     names = ", ".join(sorted(info.plugins))
     if info.library == "tensorrt_rtx":
         raise BundleError(
@@ -148,14 +151,15 @@ def _check_plugins(
         )
     if numbers(actual)[:2] < AHEAD_OF_TIME:
         raise BundleError(
-            f"target {target}: its engine has plugins with their kernels inside ({names}), which TensorRT runs from "
-            f"{'.'.join(map(str, AHEAD_OF_TIME))} on, but {actual} is installed (JetPack 6.2 has 10.3); update "
-            "JetPack, or use --engine onnxruntime"
+            f"target {target}: its engine has plugins with their kernels inside ({names}), which TensorRT "
+            f"runs from {'.'.join(map(str, AHEAD_OF_TIME))} on, but {actual} is installed (JetPack 6.2 has "
+            "10.3); update JetPack, or use --engine onnxruntime"
         )
     if driver < PTX_DRIVER:
         raise DeviceError(
-            f"target {target}: its plugins' kernels ({names}) need a driver for CUDA {PTX_DRIVER[0]}.{PTX_DRIVER[1]} or "
-            f"newer, and this one supports {driver[0]}.{driver[1]}; update the NVIDIA driver (Jetson: JetPack)"
+            f"target {target}: its plugins' kernels ({names}) need a driver for CUDA "
+            f"{PTX_DRIVER[0]}.{PTX_DRIVER[1]} or newer, and this one supports {driver[0]}.{driver[1]}; "
+            "update the NVIDIA driver (Jetson: JetPack)"
         )
 
 
@@ -172,9 +176,9 @@ def check_memory(bundle: Bundle, info: EngineInfo, free: int, *, low_memory: boo
         ways += [] if low_memory else ["use --low-memory"]
         ways += ["export the engine with a smaller cache or in fewer bits"]
         raise DeviceError(
-            f"the engine takes {needed >> 20} MB of device memory ({decoder >> 20} MB decoder, {cache >> 20} MB "
-            f"cache, {towers >> 20} MB encoders) and what its activations need, but {free >> 20} MB are free; "
-            f"{', '.join(ways)}"
+            f"the engine takes {needed >> 20} MB of device memory ({decoder >> 20} MB decoder, {cache >> 20} "
+            f"MB cache, {towers >> 20} MB encoders) and what its activations need, but {free >> 20} MB are "
+            f"free; {', '.join(ways)}"
         )
 
 
@@ -229,19 +233,25 @@ _MESSAGES: tuple[tuple[str, type[CrabError], str], ...] = (
         "the engine was built for another GPU; build it again on this one with `{build}`",
     ),
     (
-        r"UNSUPPORTED_PTX_VERSION|unsupported toolchain|OLD_CUDA_|driver version is insufficient|CALL_REQUIRES_NEWER",
+        r"UNSUPPORTED_PTX_VERSION|unsupported toolchain|OLD_CUDA_|driver version is insufficient",
         DeviceError,
-        "the NVIDIA driver is too old for the kernels in the engine; install a newer one (Jetson: a newer JetPack)",
+        (
+            "the NVIDIA driver is too old for the kernels in the engine; install a newer one (Jetson: a "
+            "newer JetPack)"
+        ),
     ),
     (
-        r"[Pp]lugin not found|could not find plugin|getPluginCreator|creator.*not found|No importer registered",
+        r"[Pp]lugin not found|could not find plugin|getPluginCreator|creator.*not found",
         BundleError,
         "the engine needs a plugin that isn't in it; build it again with `{build}`",
     ),
     (
-        r"[Oo]ut ?[Oo]f ?[Mm]emory|OUT_OF_MEMORY|INSUFFICIENT_GPU_MEMORY|failed to allocate|[Rr]equested amount of GPU memory",
+        r"[Oo]ut ?[Oo]f ?[Mm]emory|OUT_OF_MEMORY|INSUFFICIENT_GPU_MEMORY|[Rr]equested amount of GPU memory",
         DeviceError,
-        "out of device memory; close other programs on the GPU, use --low-memory, or export with a smaller cache",
+        (
+            "out of device memory; close other programs on the GPU, use --low-memory, or export with a "
+            "smaller cache"
+        ),
     ),
     (
         r"no CUDA-capable device|NO_DEVICE|initialization failure with error: 100",

@@ -129,7 +129,9 @@ class EngineFile:
         return engine
 
     def _valid(self, data: mmap.mmap) -> bool:
-        """What TensorRT-RTX says of the file's head, before all of it is read; TensorRT has no such question."""
+        """What TensorRT-RTX says of the file's head, before all of it is read; TensorRT has no such
+        question.
+        """
         if not hasattr(self._runtime, "get_engine_validity"):
             return True
         validity, why = self._runtime.get_engine_validity(data[: self._runtime.engine_header_size])
@@ -182,7 +184,9 @@ class EngineFile:
                 temporary.unlink()
 
     def _host_inputs(self) -> list[str]:
-        """Inputs that the library reads itself, to compute shapes: bound to host memory, and never recorded."""
+        """Inputs that the library reads itself, to compute shapes: bound to host memory, and never
+        recorded.
+        """
         names = (tensor.name for tensor in self.spec.inputs)
         return [name for name in names if self._engine.get_tensor_location(name).name == "HOST"]
 
@@ -193,7 +197,9 @@ class EngineFile:
         return int(max(sizes))
 
     def _allocate(self) -> None:
-        """Memory for every tensor at the largest size that a profile allows; outputs of unknown size later."""
+        """Memory for every tensor at the largest size that a profile allows; outputs of unknown size
+        later.
+        """
         for tensor in (*self.spec.inputs, *self.spec.outputs):
             if tensor.name in self.spec.aliases:
                 continue
@@ -451,12 +457,15 @@ def _check_tensors(
 
 def _check_profiles(engine: Any, spec: EngineGraph, tensor: TensorInfo, wrong: Any) -> None:
     for index, profile in enumerate(spec.profiles):
-        bounds = [[int(size) for size in shape] for shape in engine.get_tensor_profile_shape(tensor.name, index)]
+        bounds = [
+            [int(size) for size in shape] for shape in engine.get_tensor_profile_shape(tensor.name, index)
+        ]
         for place, axis in enumerate(tensor.shape):
             if not isinstance(axis, str) or axis not in profile.axes:
                 continue
             found = tuple(shape[place] for shape in bounds)
             if found != profile.axes[axis]:
                 raise wrong(
-                    f"profile {profile.name} takes {axis} {found} of {tensor.name}, expected {profile.axes[axis]}"
+                    f"profile {profile.name} takes {axis} {found} of {tensor.name}, expected "
+                    f"{profile.axes[axis]}"
                 )

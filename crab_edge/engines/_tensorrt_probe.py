@@ -1,5 +1,5 @@
-"""Opens the engine files of a target for the first time, in a process of its own: TensorRT ends the process over
-some files and plugins that it can't run, and then only that process is lost.
+"""Opens the engine files of a target for the first time, in a process of its own: TensorRT ends the process
+over some files and plugins that it can't run, and then only that process is lost.
 
 What went well is remembered by the files' identity, so that it is done once.
 """
@@ -56,8 +56,7 @@ def attempt(folder: Path, target: str, build_command: str) -> None:
     try:
         ran = subprocess.run(
             command(folder, target),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             stdin=subprocess.DEVNULL,
             timeout=LIMIT_S,
             check=False,
@@ -75,8 +74,8 @@ def attempt(folder: Path, target: str, build_command: str) -> None:
         raise kind(report["error"])
     said = " ".join(ran.stderr.decode(errors="replace").split())[-_SAID:]
     raise EngineError(
-        f"target {target}: {report.get('stage', 'opening')} ended its process ({ended(ran.returncode)}); {way}"
-        + (f" ({said})" if said else "")
+        f"target {target}: {report.get('stage', 'opening')} ended its process ({ended(ran.returncode)}); "
+        f"{way}" + (f" ({said})" if said else "")
     )
 
 

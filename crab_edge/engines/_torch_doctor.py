@@ -40,8 +40,8 @@ def kernels(variant: str, say: Callable[..., None]) -> None:
 def _look_at_gpu(say: Callable[..., None]) -> None:
     if torch.version.cuda is None and torch.version.hip is None:
         raise DependencyError(
-            f"torch {torch.__version__} is built without CUDA; install one that is, see pytorch.org/get-started "
-            "(Jetson: NVIDIA's wheels for its JetPack)"
+            f"torch {torch.__version__} is built without CUDA; install one that is, see "
+            "pytorch.org/get-started (Jetson: NVIDIA's wheels for its JetPack)"
         )
     if not torch.cuda.is_available():
         from . import _cuda
@@ -49,8 +49,8 @@ def _look_at_gpu(say: Callable[..., None]) -> None:
         # Says it if there is no driver or no GPU; else torch and driver don't fit together.
         version = _cuda.driver().version()
         raise DeviceError(
-            f"torch {torch.__version__} (CUDA {torch.version.cuda}) can't use this GPU; the driver supports CUDA "
-            f"{version[0]}.{version[1]}: update the NVIDIA driver, or install a torch for an older CUDA"
+            f"torch {torch.__version__} (CUDA {torch.version.cuda}) can't use this GPU; the driver supports "
+            f"CUDA {version[0]}.{version[1]}: update the NVIDIA driver, or install a torch for an older CUDA"
         )
     major, minor = torch.cuda.get_device_capability()
     free, total = torch.cuda.mem_get_info()

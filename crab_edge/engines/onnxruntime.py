@@ -336,7 +336,9 @@ class _Cache:
             try:
                 made.append(self._ort.OrtValue.ortvalue_from_numpy(host, self._provider.device, 0))
             except Exception as error:
-                raise providers.refused(self._provider, "the KV cache can't be allocated", _one_line(error)) from error
+                raise providers.refused(
+                    self._provider, "the KV cache can't be allocated", _one_line(error)
+                ) from error
         return made
 
     def _value(self, array: NDArray[Any]) -> Any:
@@ -353,7 +355,9 @@ class _Cache:
         return binding
 
     def _bind(self, binding: Any, embeds: NDArray[np.float32], positions: NDArray[np.int64]) -> None:
-        """The inputs as they are now: bound on the CPU they are read where they lie, for a device copied here."""
+        """The inputs as they are now: bound on the CPU they are read where they lie, for a device copied
+        here.
+        """
         binding.bind_ortvalue_input("inputs_embeds", self._value(embeds))
         binding.bind_ortvalue_input("position_ids", self._value(positions))
         binding.bind_ortvalue_input("seqlens_k", self._value(self._seqlens))

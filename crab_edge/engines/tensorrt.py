@@ -57,18 +57,14 @@ class TensorRTEngine:
 
     name = "tensorrt"
 
-    def __init__(
-        self, bundle: Bundle, *, low_memory: bool | None = None, target: str | None = None
-    ) -> None:
+    def __init__(self, bundle: Bundle, *, low_memory: bool | None = None, target: str | None = None) -> None:
         here = machine()
         self._bundle = bundle
         self._model = bundle.manifest.model
         self.target, self._info = checks.choose(bundle, target, here)
         missing = [name for name in GRAPHS if name not in self._info.graphs]
         if missing:
-            raise BundleError(
-                f"{bundle.path}: target {self.target} has no {missing[0]} engine; {COPY_AGAIN}"
-            )
+            raise BundleError(f"{bundle.path}: target {self.target} has no {missing[0]} engine; {COPY_AGAIN}")
         self._gpu = here.gpus[0]
         self._driver = here.driver
         self._library = importlib.import_module(self._info.library)
@@ -92,7 +88,9 @@ class TensorRTEngine:
         return (sum(sizes) + checks.cache_bytes(self._info)) * _SPARE > free
 
     def warm(self, *, vision: bool = True, audio: bool = True) -> None:
-        """Starts opening the encoders named and the decoder in a thread; with `low_memory` not the decoder."""
+        """Starts opening the encoders named and the decoder in a thread; with `low_memory` not the
+        decoder.
+        """
         for name, wanted in (("audio", audio), ("vision", vision), ("decoder", not self.low_memory)):
             if wanted:
                 self._start(name)
@@ -143,8 +141,9 @@ class TensorRTEngine:
     def audio(self, chunks: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
         """Mel chunks float32 [C, n_mels, 200], valid frames int64 [C] -> embeddings float32 [n, H].
 
-        More chunks than the engine's profile takes go through it in parts: it never mixes them. The engine gives
-        the rows of padding too (`embeddings` [C, tokens, H]), and how many of a chunk count (`tokens` [C]).
+        More chunks than the engine's profile takes go through it in parts: it never mixes them. The engine
+        gives the rows of padding too (`embeddings` [C, tokens, H]), and how many of a chunk count (`tokens`
+        [C]).
         """
         file = self._file("audio")
         step = _largest(file.spec, "mel", 0)

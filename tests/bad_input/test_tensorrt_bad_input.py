@@ -72,7 +72,9 @@ def test_an_engine_that_fits_is_chosen(bundle):
         ({}, machine(libraries={}), DependencyError, ["tensorrt 10.16.2", "JetPack", "crab-edge[tensorrt]"]),
         (
             {},
-            checks.Machine([gpu()], (13, 0), {}, {"tensorrt": "libnvinfer.so.10: cannot open shared object file"}),
+            checks.Machine(
+                [gpu()], (13, 0), {}, {"tensorrt": "libnvinfer.so.10: cannot open shared object file"}
+            ),
             DependencyError,
             ["can't be imported", "libnvinfer.so.10", "crab-edge[tensorrt]"],
         ),
@@ -135,7 +137,9 @@ def test_of_several_engines_the_one_for_this_card_speaks(bundle):
 
 def test_a_bundle_without_engines_and_an_unknown_target(bundle, driver, monkeypatch):
     fake_tensorrt.installed(monkeypatch, driver)
-    with pytest.raises(InputError, match=r"no TensorRT engine; make one with `crab-edge export .*--target rtx"):
+    with pytest.raises(
+        InputError, match=r"no TensorRT engine; make one with `crab-edge export .*--target rtx"
+    ):
         load(engine="tensorrt")
     with pytest.raises(InputError, match="no engine for target 'jetson'; the bundle has test"):
         engines.create("tensorrt:jetson", bundle)
@@ -181,7 +185,10 @@ def test_what_the_driver_refuses(driver, code, error, words):
     ("said", "error", "words"),
     [
         (
-            "The engine plan file is not compatible with this version of TensorRT, expecting library version 10.16",
+            (
+                "The engine plan file is not compatible with this version of TensorRT, expecting library "
+                "version 10.16"
+            ),
             BundleError,
             "another release",
         ),
@@ -201,7 +208,11 @@ def test_what_the_driver_refuses(driver, code, error, words):
             "driver is too old",
         ),
         ("Error Code 2: OutOfMemory (Requested size was 4294967296 bytes.)", DeviceError, "device memory"),
-        ("Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.", BundleError, "can't be read"),
+        (
+            "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.",
+            BundleError,
+            "can't be read",
+        ),
         ("something nobody has seen", EngineError, "crab-edge doctor"),
         ("", EngineError, "gave no reason"),
     ],
@@ -270,7 +281,9 @@ def test_a_file_that_ends_the_process(tmp_path, driver, monkeypatch):
     fake_tensorrt.installed(monkeypatch, driver)
     Tried(monkeypatch)
     bundle = add_engines(tmp_path / "bundle", misbehave={"vision": {"abort": True}})
-    with pytest.raises(EngineError, match=r"opening the vision engine ended its process \(SIGABRT\); build it again"):
+    with pytest.raises(
+        EngineError, match=r"opening the vision engine ended its process \(SIGABRT\); build it again"
+    ):
         engines.create("tensorrt", bundle)
 
 
@@ -284,9 +297,9 @@ def test_an_error_of_the_child_keeps_its_type(tmp_path, driver, monkeypatch):
 
 def test_a_file_that_hangs(bundle, monkeypatch):
     monkeypatch.setattr(_tensorrt_probe, "LIMIT_S", 0.5)
-    waiting = "import time; print('{\"stage\": \"opening the decoder engine\"}', flush=True); time.sleep(60)"
+    waiting = 'import time; print(\'{"stage": "opening the decoder engine"}\', flush=True); time.sleep(60)'
     monkeypatch.setattr(_tensorrt_probe, "command", lambda *_: [sys.executable, "-c", waiting])
-    with pytest.raises(EngineError, match="opening the decoder engine took more than 0.5 s"):
+    with pytest.raises(EngineError, match=r"opening the decoder engine took more than 0\.5 s"):
         _tensorrt_probe.attempt(bundle.path, "test", BUILD)
 
 

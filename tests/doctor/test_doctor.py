@@ -13,11 +13,15 @@ from crab_edge.errors import InputError
 from tests import fake_cuda, fake_tensorrt
 
 SAYS = "import json, os, sys, time\ndef say(**r): print(json.dumps(r), flush=True)\n"
-WORKS = "say(step='a'); print('noise'); say(facts={'version': '1.0'}); say(state='works', seconds=0.5, answer='yes')"
+WORKS = (
+    "say(step='a'); print('noise'); say(facts={'version': '1.0'}); "
+    "say(state='works', seconds=0.5, answer='yes')"
+)
 BEHAVIOURS = {
     "onnxruntime:cpu": f"{WORKS}; say(end=True)",
     "onnxruntime:cuda": "say(state='missing', problem='install it; run `pip install x`'); say(end=True)",
-    "torch:cpu": "say(state='kernel only', step='asking crab-nano'); sys.stderr.write('why\\nso'); os.abort()",
+    "torch:cpu": "say(state='kernel only', step='asking crab-nano'); "
+    "sys.stderr.write('why\\nso'); os.abort()",
     "torch:cuda": "say(step='running a product', facts={'version': '2.0'}); time.sleep(60)",
     "tensorrt:tensorrt": "sys.exit(7)",
 }
@@ -38,7 +42,9 @@ def test_what_processes_do_becomes_findings(behaving):
     works = found["onnxruntime:cpu"]
     assert (works.state, works.seconds, works.answer) == ("works", 0.5, "yes")
     assert works.facts == {"version": "1.0"} and works.problem is None
-    assert found["onnxruntime:cuda"].state == "missing" and "pip install x" in found["onnxruntime:cuda"].problem
+    assert (
+        found["onnxruntime:cuda"].state == "missing" and "pip install x" in found["onnxruntime:cuda"].problem
+    )
     aborted = found["torch:cpu"]
     assert aborted.state == "kernel only"
     assert aborted.problem == "asking crab-nano ended its process (SIGABRT): why so"
@@ -53,7 +59,9 @@ def test_names():
     assert doctor.chosen("torch") == ["torch:cpu", "torch:cuda"]
     assert doctor.chosen("onnxruntime:cuda") == ["onnxruntime:cuda"]
     assert doctor.chosen("tensorrt_rtx") == ["tensorrt:tensorrt_rtx"]
-    with pytest.raises(InputError, match="unknown engine 'tpu'; choose one of: onnxruntime, torch, tensorrt,"):
+    with pytest.raises(
+        InputError, match="unknown engine 'tpu'; choose one of: onnxruntime, torch, tensorrt,"
+    ):
         doctor.chosen("tpu")
 
 

@@ -6,7 +6,9 @@ from crab_edge.doctor import machine as module
 from crab_edge.engines import _cuda
 from tests import fake_cuda
 
-ORIN = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 2025\n"
+ORIN = (
+    "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 2025\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +34,14 @@ def test_another_machine_is_no_jetson(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("cuda", "ptx"),
-    [((11, 8), "7.8"), ((12, 4), "8.4"), ((12, 5), "8.5"), ((12, 6), "8.5"), ((12, 9), "8.8"), ((13, 0), "9.0")],
+    [
+        ((11, 8), "7.8"),
+        ((12, 4), "8.4"),
+        ((12, 5), "8.5"),
+        ((12, 6), "8.5"),
+        ((12, 9), "8.8"),
+        ((13, 0), "9.0"),
+    ],
 )
 def test_the_newest_ptx_of_a_driver(cuda, ptx):
     assert module.newest_ptx(cuda) == ptx

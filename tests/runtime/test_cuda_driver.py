@@ -25,7 +25,10 @@ static int move(void *to, const void *from, size_t size) {
 }
 int cuInit(unsigned flags) { return flags; }
 int cuDriverGetVersion(int *out) { *out = 12040; return 0; }
-int cuGetErrorName(int code, const char **out) { *out = code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : 0; return !*out; }
+int cuGetErrorName(int code, const char **out) {
+    *out = code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : 0;
+    return !*out;
+}
 int cuDeviceGetCount(int *out) { *out = 1; return 0; }
 int cuDeviceGet(int *out, int index) { *out = 7 + index; return 0; }
 int cuDeviceGetName(char *out, int size, int device) { strncpy(out, "Card in C", size); return device != 7; }

@@ -1,4 +1,6 @@
-"""ONNX Runtime's providers as far as a CPU shows them: what is asked for runs, or an error says what is missing."""
+"""ONNX Runtime's providers as far as a CPU shows them: what is asked for runs, or an error says what is
+missing.
+"""
 
 import types
 from pathlib import Path
@@ -79,7 +81,9 @@ def engines_tensorrt_with_provider(bundle):
 
 def test_cuda_without_its_package(bundle, monkeypatch):
     monkeypatch.setattr(providers, "installed", lambda: {"onnxruntime": "1.32.0"})
-    with pytest.raises(DependencyError, match=r"no CUDAExecutionProvider; run `pip uninstall.*crab-edge\[gpu\]"):
+    with pytest.raises(
+        DependencyError, match=r"no CUDAExecutionProvider; run `pip uninstall.*crab-edge\[gpu\]"
+    ):
         providers.check(CUDA, runtime())
 
 
@@ -124,7 +128,12 @@ def test_the_plugin_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("provider", "session", "error", "words"),
     [
-        (CUDA, Session([providers.CPU], {}), DeviceError, r"asked for and CPUExecutionProvider runs: its CUDA"),
+        (
+            CUDA,
+            Session([providers.CPU], {}),
+            DeviceError,
+            r"asked for and CPUExecutionProvider runs: its CUDA",
+        ),
         (CUDA, Session([CUDA.package, providers.CPU]), DependencyError, "can't be read"),
         (
             CUDA,
@@ -169,7 +178,9 @@ def test_where_nodes_run_is_read_from_onnx_runtime(bundle):
 
 
 def test_a_cache_on_a_device(bundle, monkeypatch):
-    """The way of all devices, with the CPU as one: the cache is ONNX Runtime's, and growing keeps its content."""
+    """The way of all devices, with the CPU as one: the cache is ONNX Runtime's, and growing keeps its
+    content.
+    """
 
     class Elsewhere(providers.Provider):
         on_cpu = property(lambda self: False)
@@ -203,4 +214,6 @@ def test_a_cache_on_a_device(bundle, monkeypatch):
 )
 def test_what_onnx_runtime_says_on_a_gpu(said, error):
     assert type(providers.refused(CUDA, "the decoder graph failed", said)) is error
-    assert type(providers.refused(providers.PROVIDERS["cpu"], "the decoder graph failed", said)) is EngineError
+    assert (
+        type(providers.refused(providers.PROVIDERS["cpu"], "the decoder graph failed", said)) is EngineError
+    )

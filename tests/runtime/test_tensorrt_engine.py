@@ -159,12 +159,14 @@ def test_encoders_close_before_the_decoder_opens(bundle, library, driver):
 
 
 def test_where_memory_is_short_encoders_close_by_themselves(bundle, library, driver):
-    held = sum(bundle.manifest.files[graph.file].size for graph in bundle.manifest.engines["test"].graphs.values())
+    held = sum(
+        bundle.manifest.files[graph.file].size for graph in bundle.manifest.engines["test"].graphs.values()
+    )
     cache = 2 * 6 * 2 * CAPACITY * 64 * 4
     driver.gpus[0].memory = int((held + cache) * 1.1) + (70 << 20)
     assert not engines.create("tensorrt", bundle).low_memory
     driver.gpus[0].memory = int((held + cache) * 1.1)
-    with pytest.raises(DeviceError, match="out of device memory|MB of device memory"):
+    with pytest.raises(DeviceError, match=r"takes .* MB of device memory"):
         engines.create("tensorrt", bundle)
 
 
@@ -181,7 +183,9 @@ def test_a_graph_that_cannot_be_captured_still_runs_and_is_told(tmp_path, librar
 
 def test_tensorrt_rtx_captures_by_itself_and_keeps_its_kernels(tmp_path, monkeypatch, driver):
     fake_tensorrt.installed(monkeypatch, driver, "tensorrt_rtx", "1.7.1")
-    bundle = add_engines(tmp_path / "bundle", "rtx", library="tensorrt_rtx", version="1.7.1", sm=(86, 89, 120))
+    bundle = add_engines(
+        tmp_path / "bundle", "rtx", library="tensorrt_rtx", version="1.7.1", sm=(86, 89, 120)
+    )
     engine = engines.create("tensorrt:rtx", bundle)
     embeds, positions = made_up(bundle, 3)
     for at in range(3):
@@ -213,7 +217,7 @@ def test_an_engine_without_its_package(bundle, monkeypatch):
     monkeypatch.setattr(
         engines.importlib.util, "find_spec", lambda name: None if "tensorrt" in name else real(name)
     )
-    with pytest.raises(DependencyError, match=r"tensorrt or tensorrt_rtx"):
+    with pytest.raises(DependencyError, match=r"crab-edge\[tensorrt\].*crab-edge\[rtx\]"):
         engines.create("tensorrt", bundle)
     assert "tensorrt" not in engines.available() and "tensorrt" in engines.names()
 
@@ -221,7 +225,9 @@ def test_an_engine_without_its_package(bundle, monkeypatch):
 def test_a_file_that_is_not_the_manifests_engine(tmp_path, library):
     wrong = [{"S": (1, 1, 4)}, {"S": (1, 128, 256)}]
     bundle = add_engines(tmp_path / "bundle", misbehave={"decoder": {"profiles": wrong}})
-    with pytest.raises(BundleError, match=r"profile decode takes S \(1, 1, 4\).*expected \(1, 1, 8\).*crab-edge"):
+    with pytest.raises(
+        BundleError, match=r"profile decode takes S \(1, 1, 4\).*expected \(1, 1, 8\).*crab-edge"
+    ):
         engines.create("tensorrt", bundle).forward(*made_up(bundle, 3))
 
 
