@@ -6,11 +6,9 @@ names, sizes, hashes, versions. There is no pickle anywhere.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING
 from crab_edge.bundle_writer import BundleWriter
 from crab_edge.errors import BundleError, InputError
 from crab_edge.manifest import COPY_AGAIN, MANIFEST_NAME, Manifest, read_manifest
+from crab_edge.memo import Memo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -216,7 +215,7 @@ def file_sha256(path: Path) -> str:
 def _check_hashes(
     folder: Path, manifest: Manifest, *, full: bool, progress: Callable[[str, int], None] | None
 ) -> None:
-    memo = None if full or manifest.total_size <= ALWAYS_HASHED else _Memo()
+    memo = None if full or manifest.total_size <= ALWAYS_HASHED else Memo("hashes.json")
 
     def check(item: tuple[str, str]) -> None:
         name, expected = item
@@ -241,41 +240,3 @@ def _check_hashes(
             pass
     if memo is not None:
         memo.save()
-
-
-class _Memo:
-    """Hashes seen before, in the user's cache, by path, size and times. If it fails, that costs time only."""
-
-    def __init__(self) -> None:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        self._path = Path(base) / "crab-edge" / "hashes.json"
-        self._new = False
-        try:
-            known = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
-            known = {}
-        self._known = known if isinstance(known, dict) else {}
-
-    @staticmethod
-    def _stamp(path: Path) -> str:
-        stat = path.stat()
-        return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-
-    def knows(self, path: Path, sha256: str) -> bool:
-        return bool(self._known.get(str(path)) == [self._stamp(path), sha256])
-
-    def learn(self, path: Path, sha256: str) -> None:
-        self._known[str(path)] = [self._stamp(path), sha256]
-        self._new = True
-
-    def save(self) -> None:
-        if not self._new:
-            return
-        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._known))
-            os.replace(temporary, self._path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()

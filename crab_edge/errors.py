@@ -40,6 +40,12 @@ class EngineError(CrabError):
     """An engine can't run on this machine or returned what it must not."""
 
 
+class DeviceError(EngineError):
+    """The machine lacks what was asked for: a GPU, memory on it, a newer driver. Exit code 2."""
+
+    exit_code = 2
+
+
 class CheckError(CrabError):
     """A check ran and its result is below the threshold. Exit code 3."""
 

@@ -146,12 +146,21 @@ class Generator:
         self._encodings.move_to_end(part.key)
         return known
 
+    @property
+    def room(self) -> int:
+        """Tokens that prompt and answer may have together: the model's, or fewer where the engine's cache
+        is.
+        """
+        positions = self.bundle.manifest.model.max_positions
+        return min(positions, getattr(self.engine, "capacity", positions))
+
     def _check_room(self, tokens: int) -> None:
-        limit = self.bundle.manifest.model.max_positions
+        model, limit = self.bundle.manifest.model, self.room
         if tokens >= limit:
+            holder = model.name if limit == model.max_positions else f"the cache of engine {self.engine.name}"
             raise InputError(
-                f"the prompt takes {tokens} tokens, but {self.bundle.manifest.model.name} holds {limit}; "
-                "give a shorter clip or question"
+                f"the prompt takes {tokens} tokens, but {holder} holds {limit}; give a shorter clip or "
+                "question"
             )
 
     def _forward(
@@ -190,7 +199,7 @@ class Generator:
         """
         model = self.bundle.manifest.model
         self.ended = False
-        limit = min(limit, model.max_positions - self.engine.length + 1)
+        limit = min(limit, self.room - self.engine.length + 1)
         for count in range(limit):
             if cancelled is not None and cancelled():
                 return

@@ -56,19 +56,23 @@ def load(
     *,
     threads: int | None = None,
     low_memory: bool | None = None,
+    provider: str | None = None,
 ) -> Model:
-    """Opens a bundle (default: the one in the package) on an engine.
+    """Opens a bundle (default: the one in the package) on an engine: "onnxruntime", "onnxruntime:cuda",
+    "tensorrt", "tensorrt:TARGET", "torch", or "auto".
 
     low_memory: encoders are closed before the decoder runs, and opened again for the next media; None lets
-    the engine decide.
-    Raises BundleError, DependencyError, EngineError or InputError, each with one line that says what to do.
+    the engine decide. provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt-rtx"; the same as behind the
+    colon. Raises BundleError, DependencyError, EngineError or InputError, each with one line that says what
+    to do.
     """
     if bundle is None:
         bundle = default_bundle()
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if not isinstance(engine, str):
         return Model(opened, engine)
-    options = {} if low_memory is None else {"low_memory": low_memory}
+    wished = {"low_memory": low_memory, "provider": provider}
+    options = {name: value for name, value in wished.items() if value is not None}
     return Model(opened, engines.create(engine, opened, threads=threads, **options))
 
 

@@ -2,12 +2,16 @@
 
 A module has `create(bundle, *, threads=None) -> Engine` and imports its package inside it. There is no list
 to edit and no fallback: an engine that can't run says so.
+
+An engine that runs in several ways has them behind a colon, `onnxruntime:cuda` or `tensorrt:rtx`; its module
+names the option of `create` that they go to in `VARIANT`.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -28,10 +32,15 @@ INSTALL = {
     "tensorrt": "pip install 'crab-edge[tensorrt]'",
     "torch": "pip install 'crab-edge[cuda]'",
 }
+ALTERNATIVES = {"tensorrt": {"tensorrt_rtx": "pip install 'crab-edge[rtx]'"}}
+"""Packages that will do in place of the one that an engine is called after, and how to install them."""
 
 
 class Engine(Protocol):
-    """What a session needs of an engine. Batch 1; one KV cache, which belongs to the engine."""
+    """What a session needs of an engine. Batch 1; one KV cache, which belongs to the engine.
+
+    An engine whose cache can't grow to the model's positions has `capacity: int`, the tokens that it holds.
+    """
 
     name: str
     length: int
@@ -100,24 +109,44 @@ def names() -> list[str]:
 
 def available() -> list[str]:
     """The engines whose package is installed here."""
-    return [name for name in names() if importlib.util.find_spec(name) is not None]
+    return [name for name in names() if _installed(name)]
+
+
+def _installed(name: str) -> bool:
+    packages = (name, *ALTERNATIVES.get(name, ()))
+    return any(importlib.util.find_spec(package) is not None for package in packages)
 
 
 def create(name: str, bundle: Bundle, *, threads: int | None = None, **options: Any) -> Engine:
-    """Opens the engine `name` on a bundle; "auto" is ONNX Runtime. `options` are the engine's own.
+    """Opens the engine `name` on a bundle; "auto" is ONNX Runtime on the CPU. `options` are the engine's own.
 
-    Raises InputError for a name that isn't there or for threads < 1, DependencyError when the engine's
-    package isn't installed, EngineError when it can't run the bundle.
+    `name:variant` sets the option that the engine's variants go to. Raises InputError for a name that isn't
+    there, a variant given twice or threads < 1, DependencyError when the engine's package isn't installed,
+    EngineError when it can't run the bundle.
     """
     if threads is not None and threads < 1:
         raise InputError(f"--threads: expected 1 or more, got {threads}")
-    name = AUTO if name == "auto" else name
+    name, colon, variant = name.partition(":")
+    name = AUTO if name == "auto" and not colon else name
     if name not in names():
         raise InputError(f"unknown engine {name!r}; choose one of: auto, {', '.join(names())}")
-    if importlib.util.find_spec(name) is None:
+    if not _installed(name):
+        others = ALTERNATIVES.get(name, {}).items()
         raise DependencyError(
             f"engine {name} needs the package {name}; run `{INSTALL.get(name, 'pip install ' + name)}`"
+            + "".join(f", or `{way}` for {package}" for package, way in others)
         )
     module = importlib.import_module(f"{__name__}.{name}")
+    if colon:
+        option = getattr(module, "VARIANT", None)
+        if option is None or not variant:
+            raise InputError(f"engine {name}:{variant}: {name} has no such variant; use --engine {name}")
+        if options.get(option, variant) != variant:
+            raise InputError(f"engine {name}:{variant} and {option}={options[option]!r} differ; give one")
+        options[option] = variant
+    known = inspect.signature(module.create).parameters
+    foreign = next((option for option in options if option not in known), None)
+    if foreign is not None:
+        raise InputError(f"engine {name} has no option {foreign}; leave it out, or choose another engine")
     engine: Engine = module.create(bundle, threads=threads, **options)
     return engine

@@ -1,7 +1,8 @@
-"""ONNX Runtime on the CPU: three sessions, the KV cache bound in place.
+"""ONNX Runtime on the CPU or another of its providers: three sessions, the KV cache bound in place.
 
 GroupQueryAttention writes present into past when both are bound to one buffer, so a step copies nothing and
-rewinding is a number. The buffers are numpy arrays that ONNX Runtime uses as they lie.
+rewinding is a number. On the CPU the buffers are numpy arrays that ONNX Runtime uses as they lie; elsewhere
+they lie on the device, and only a step's inputs and logits cross over.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crab_edge.errors import BundleError, DependencyError, EngineError
+from crab_edge.engines import _onnxruntime_provider as providers
+from crab_edge.errors import BundleError, CrabError, DependencyError, EngineError, InputError
 from crab_edge.manifest import COPY_AGAIN
 from crab_edge.memory import available_bytes, give_back, page_out
 
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
     from crab_edge.bundle import Bundle
     from crab_edge.engines import Tracer
 
-PROVIDER = "CPUExecutionProvider"
+VARIANT = "provider"
+"""What stands behind the colon of `onnxruntime:cuda`."""
+CPU = providers.PROVIDERS["cpu"]
 FIRST_CAPACITY = 1024
 GRAPHS = ("decoder", "audio", "vision")
 # What ONNX Runtime's CPU kernels make of a byte of low-bit weights, with their block sums.
@@ -31,14 +36,16 @@ PACKED = 1.25
 
 
 def create(
-    bundle: Bundle, *, threads: int | None = None, low_memory: bool | None = None
+    bundle: Bundle, *, threads: int | None = None, low_memory: bool | None = None, provider: str = "cpu"
 ) -> OnnxRuntimeEngine:
     """Opens the bundle; graphs are opened when first used, or by `warm`.
 
     low_memory: encoders are closed before the decoder runs, and opened again for the next media; None does so
-    where all graphs together wouldn't fit in the memory that is available.
+    where all graphs together wouldn't fit in the memory that is available. provider: "cpu", "cuda" or
+    "tensorrt-rtx"; what can't run there is refused, never run elsewhere.
+    Raises InputError, DependencyError or DeviceError that says what to install.
     """
-    return OnnxRuntimeEngine(bundle, threads=threads, low_memory=low_memory)
+    return OnnxRuntimeEngine(bundle, threads=threads, low_memory=low_memory, provider=provider)
 
 
 def cpu_count() -> int:
@@ -59,9 +66,21 @@ class OnnxRuntimeEngine:
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, low_memory: bool | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        low_memory: bool | None = None,
+        provider: str = "cpu",
+    ) -> None:
         self._bundle = bundle
-        self.low_memory = _short_of_memory(bundle) if low_memory is None else low_memory
+        self._provider = providers.find(provider)
+        if not self._provider.on_cpu:
+            providers.check(self._provider, _import())
+        if low_memory is None:
+            low_memory = _short_of_memory(bundle, self._provider)
+        self.low_memory = low_memory
         self._model = bundle.manifest.model
         self._threads = threads or cpu_count()
         self._sessions: dict[str, Future[Any]] = {}
@@ -87,7 +106,7 @@ class OnnxRuntimeEngine:
 
         def run() -> None:
             try:
-                future.set_result(_open(self._bundle, name, self._threads))
+                future.set_result(_open(self._bundle, name, self._threads, provider=self._provider))
             except BaseException as error:
                 future.set_exception(error)
 
@@ -117,13 +136,21 @@ class OnnxRuntimeEngine:
 
     def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Patches float32 [T*256, 1176] -> embeddings float32 [T*64, H]."""
-        out = _run(self._session("vision"), "vision", {"pixel_values": pixel_values})
+        out = self._run("vision", {"pixel_values": pixel_values})
         return self._checked("vision", out, len(pixel_values) // 4)
 
     def audio(self, chunks: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
         """Mel chunks float32 [C, n_mels, 200], valid frames int64 [C] -> embeddings float32 [n, H]."""
-        out = _run(self._session("audio"), "audio", {"mel": chunks, "lengths": lengths})
+        out = self._run("audio", {"mel": chunks, "lengths": lengths})
         return self._checked("audio", out, None)
+
+    def _run(self, name: str, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        session = self._session(name)
+        try:
+            (out,) = session.run(["embeddings"], inputs)
+        except Exception as error:
+            raise providers.refused(self._provider, f"the {name} graph failed", _one_line(error)) from error
+        return np.asarray(out, dtype=np.float32)
 
     def _checked(self, name: str, out: NDArray[np.float32], rows: int | None) -> NDArray[np.float32]:
         expected = (len(out) if rows is None else rows, self._model.hidden_size)
@@ -147,7 +174,7 @@ class OnnxRuntimeEngine:
         if self.low_memory:
             self.close("vision", "audio")
         if self._cache is None:
-            self._cache = _Cache(self._session("decoder"), self._bundle)
+            self._cache = _Cache(self._session("decoder"), self._bundle, self._provider)
         self._cache.reserve(total, self.length)
         logits = self._cache.run(embeds, position_ids, total)
         self.length = total
@@ -163,21 +190,32 @@ class OnnxRuntimeEngine:
         """Passes that give the routers' weights, beside this engine's cache. See `engines.Traceable`."""
         from crab_edge.engines._onnxruntime_trace import RouterTracer
 
+        if not self._provider.on_cpu:
+            raise InputError(
+                f"routers are traced on the CPU, and this engine runs on {self._provider.name}; use --engine "
+                "onnxruntime, or ask without a router trace"
+            )
         return RouterTracer(self._bundle, self._threads)
 
     def describe(self) -> dict[str, Any]:
         """Name, provider, version and threads."""
         return {
             "name": self.name,
-            "provider": PROVIDER,
+            "provider": self._provider.package,
             "version": _import().__version__,
             "threads": self._threads,
         }
 
 
-def _short_of_memory(bundle: Bundle) -> bool:
+def _short_of_memory(bundle: Bundle, provider: providers.Provider) -> bool:
     """Whether all graphs at once would take more than is available; the embedding stays on the disk."""
     available = available_bytes()
+    if not provider.on_cpu:
+        from crab_edge.engines import _cuda
+
+        device = _cuda.Device()
+        available = device.memory()[0]
+        device.close()
     files = bundle.manifest.files
     held = sum(info.size for name, info in files.items() if name.endswith((".onnx", ".data")))
     return available is not None and held * PACKED > available
@@ -195,8 +233,14 @@ def _import() -> Any:
     return onnxruntime
 
 
-def _open(bundle: Bundle, name: str, threads: int, model: bytes | None = None) -> Any:
-    """One session, on the CPU provider and nothing else.
+def _open(
+    bundle: Bundle,
+    name: str,
+    threads: int,
+    model: bytes | None = None,
+    provider: providers.Provider = CPU,
+) -> Any:
+    """One session, on that provider and nothing else.
 
     `model`: its bytes, where they aren't those of the bundle's file; external data are the bundle's.
     """
@@ -215,23 +259,22 @@ def _open(bundle: Bundle, name: str, threads: int, model: bytes | None = None) -
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)
         )
+    wanted = providers.options_for(provider, onnxruntime, options)
     try:
-        session = onnxruntime.InferenceSession(model or str(path), options, providers=[PROVIDER])
+        session = onnxruntime.InferenceSession(model or str(path), options, providers=wanted or None)
     except Exception as error:
-        raise BundleError(f"{path}: ONNX Runtime can't open it ({_one_line(error)}); {COPY_AGAIN}") from error
+        raise _unopened(path, error, provider) from error
     page_out(bundle.path, [file for file in bundle.manifest.files if file.endswith(".data")])
-    session.disable_fallback()
-    if session.get_providers() != [PROVIDER]:
-        raise EngineError(f"{path}: expected {PROVIDER}, got {session.get_providers()}")
+    providers.assert_runs(provider, session, path)
     return session
 
 
-def _run(session: Any, name: str, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-    try:
-        (out,) = session.run(["embeddings"], inputs)
-    except Exception as error:
-        raise EngineError(f"the {name} graph failed: {_one_line(error)}") from error
-    return np.asarray(out, dtype=np.float32)
+def _unopened(path: Path, error: Exception, provider: providers.Provider) -> CrabError:
+    """The error for a graph that ONNX Runtime refused: on a GPU the machine may be at fault, not the file."""
+    said = _one_line(error)
+    if provider.on_cpu:
+        return BundleError(f"{path}: ONNX Runtime can't open it ({said}); {COPY_AGAIN}")
+    return providers.refused(provider, f"{path}: ONNX Runtime can't open it on {provider.name}", said)
 
 
 def _one_line(error: BaseException) -> str:
@@ -241,15 +284,18 @@ def _one_line(error: BaseException) -> str:
 class _Cache:
     """The KV buffers, and the bindings of the decoder to them: one for single steps, one for chunks."""
 
-    def __init__(self, session: Any, bundle: Bundle) -> None:
+    def __init__(self, session: Any, bundle: Bundle, provider: providers.Provider = CPU) -> None:
         model = bundle.manifest.model
         self._session = session
+        self._provider = provider
         self._ort = _import()
         self._names = [f"{i}.{part}" for i in range(model.layers) for part in ("key", "value")]
         self._shape = (1, model.kv_heads, 0, model.head_dim)
         self._dtype = np.dtype(bundle.manifest.recipe.kv_dtype)
         self._limit = model.max_positions
         self._buffers: list[NDArray[Any]] = []
+        """The cache on the CPU; elsewhere empty, and `_values` are on the device."""
+        self._values: list[Any] = []
         self.capacity = 0
         self._logits = np.empty((1, 1, model.vocab_size), np.float32)
         self._seqlens = np.empty(1, np.int32)
@@ -268,13 +314,32 @@ class _Cache:
             capacity *= 2
         capacity = max(total, min(capacity, self._limit))
         batch, heads, _, depth = self._shape
-        buffers = [np.zeros((batch, heads, capacity, depth), self._dtype) for _ in self._names]
-        for new, old in zip(buffers, self._buffers, strict=False):
-            new[:, :, :used] = old[:, :, :used]
-        self._buffers, self.capacity = buffers, capacity
+        shape = (batch, heads, capacity, depth)
+        if self._provider.on_cpu:
+            buffers = [np.zeros(shape, self._dtype) for _ in self._names]
+            for new, old in zip(buffers, self._buffers, strict=False):
+                new[:, :, :used] = old[:, :, :used]
+            self._buffers = buffers
+            self._values = [self._value(buffer) for buffer in buffers]
+        else:
+            self._values = self._on_device(shape, used)
+        self.capacity = capacity
         self._step, self._chunk = self._binding(), self._binding()
-        self._step.bind_ortvalue_input("inputs_embeds", self._value(self._embeds))
-        self._step.bind_ortvalue_input("position_ids", self._value(self._positions))
+
+    def _on_device(self, shape: tuple[int, ...], used: int) -> list[Any]:
+        """New buffers there, one by one: beside the old ones only one is on the way."""
+        made = []
+        for place in range(len(self._names)):
+            host = np.zeros(shape, self._dtype)
+            if used:
+                host[:, :, :used] = self._values[place].numpy()[:, :, :used]
+            try:
+                made.append(self._ort.OrtValue.ortvalue_from_numpy(host, self._provider.device, 0))
+            except Exception as error:
+                raise providers.refused(
+                    self._provider, "the KV cache can't be allocated", _one_line(error)
+                ) from error
+        return made
 
     def _value(self, array: NDArray[Any]) -> Any:
         """An OrtValue over the array's own memory (ONNX Runtime copies only for other devices)."""
@@ -282,14 +347,21 @@ class _Cache:
 
     def _binding(self) -> Any:
         binding = self._session.io_binding()
-        for name, buffer in zip(self._names, self._buffers, strict=True):
-            value = self._value(buffer)
+        for name, value in zip(self._names, self._values, strict=True):
             binding.bind_ortvalue_input(f"past.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
-        binding.bind_ortvalue_input("seqlens_k", self._value(self._seqlens))
-        binding.bind_ortvalue_input("total_sequence_length", self._value(self._total))
+        self._bind(binding, self._embeds, self._positions)
         binding.bind_ortvalue_output("logits", self._value(self._logits))
         return binding
+
+    def _bind(self, binding: Any, embeds: NDArray[np.float32], positions: NDArray[np.int64]) -> None:
+        """The inputs as they are now: bound on the CPU they are read where they lie, for a device copied
+        here.
+        """
+        binding.bind_ortvalue_input("inputs_embeds", self._value(embeds))
+        binding.bind_ortvalue_input("position_ids", self._value(positions))
+        binding.bind_ortvalue_input("seqlens_k", self._value(self._seqlens))
+        binding.bind_ortvalue_input("total_sequence_length", self._value(self._total))
 
     def run(
         self, embeds: NDArray[np.float32], position_ids: NDArray[np.int64], total: int
@@ -301,14 +373,15 @@ class _Cache:
             self._embeds[...] = embeds
             self._positions[...] = position_ids
             binding = self._step
+            if not self._provider.on_cpu:
+                self._bind(binding, self._embeds, self._positions)
         else:
             binding = self._chunk
             embeds = np.ascontiguousarray(embeds, np.float32)
             position_ids = np.ascontiguousarray(position_ids, np.int64)
-            binding.bind_ortvalue_input("inputs_embeds", self._value(embeds))
-            binding.bind_ortvalue_input("position_ids", self._value(position_ids))
+            self._bind(binding, embeds, position_ids)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise EngineError(f"the decoder graph failed: {_one_line(error)}") from error
+            raise providers.refused(self._provider, "the decoder graph failed", _one_line(error)) from error
         return self._logits[0, 0]
