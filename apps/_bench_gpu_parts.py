@@ -24,8 +24,8 @@ from crab_edge_apps._bench_gpu_weights import GROUPS, RandomModel
 from torch import Tensor
 
 Outputs = list[Tensor]
-#: ||y - reference|| / ||reference|| that is taken for rounding: of one linear, and of a whole decoder. A bias or
-#: a second plane that is left out would be 0.02 and more.
+#: ||y - reference|| / ||reference|| that is taken for rounding: of one linear, and of a whole decoder. A bias
+#: or a second plane that is left out would be 0.02 and more.
 LINEAR_TOLERANCE, DECODER_TOLERANCE = 0.015, 0.05
 
 

@@ -108,8 +108,9 @@ def test_the_layers_of_the_network(tmp_path):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Compiling kernels takes seconds each and is tested elsewhere; what was asked for is kept."""
-    from crab_edge.ilora.plugin_kernels import Kernels
     from crab_edge_export import plugin_compile
+
+    from crab_edge.ilora.plugin_kernels import Kernels
 
     asked = []
 

@@ -16,7 +16,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("rows", [1, 7, 9, 130])
 def test_engine_launches_agree_with_the_reference(tactic, rows, tmp_path):
     from crab_edge.engines._cuda import Device, driver
-
     from crab_edge.ilora import plugin_kernels, torch_ops
     from crab_edge.ilora.ptx_launch import Kernel
 
