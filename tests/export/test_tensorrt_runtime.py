@@ -1,5 +1,5 @@
-"""The graphs that engines are built from, in the runtime: prompt, cache, encoders and steps on a fake TensorRT
-that runs the very ONNX files, in float16, give the packaged bundle's answers.
+"""The graphs that engines are built from, in the runtime: prompt, cache, encoders and steps on a fake
+TensorRT that runs the very ONNX files, in float16, give the packaged bundle's answers.
 """
 
 import json
