@@ -39,7 +39,12 @@ def command(
     bundle: Annotated[
         Path | None, typer.Option("--bundle", "-b", help="Model bundle; default: the packaged crab-nano.")
     ] = None,
-    engine: Annotated[str, typer.Option("--engine", "-e", help="Engine that runs the bundle.")] = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", "-e", help="Engine, and how: onnxruntime, onnxruntime:cuda, tensorrt, torch:cuda."
+        ),
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all there are.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     grammar: Annotated[

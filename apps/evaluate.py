@@ -38,7 +38,9 @@ def evaluate(
     out: Annotated[
         Path, typer.Option(help="Predictions go here; a second run goes on where it stopped.")
     ] = DEFAULT_OUT,
-    engine: Annotated[str, typer.Option(help="Engine to run on.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="Engine, and how: onnxruntime, onnxruntime:cuda, tensorrt, torch:cuda.")
+    ] = "auto",
     grammar: Annotated[
         bool, typer.Option("--grammar/--no-grammar", help="Hold answers to their task's form.")
     ] = False,

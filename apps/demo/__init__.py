@@ -25,7 +25,12 @@ def command(
     bundle: Annotated[
         Path | None, typer.Option("--bundle", "-b", help="Model bundle; default: the packaged crab-nano.")
     ] = None,
-    engine: Annotated[str, typer.Option("--engine", "-e", help="Engine that runs the bundle.")] = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", "-e", help="Engine, and how: onnxruntime, onnxruntime:cuda, tensorrt, torch:cuda."
+        ),
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all there are.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = (
         "127.0.0.1"

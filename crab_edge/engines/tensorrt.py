@@ -205,7 +205,8 @@ class TensorRTEngine:
     def describe(self) -> dict[str, Any]:
         """Name, library with its version, target, GPU, and whether steps run as one CUDA graph."""
         decoder = self._files.get("decoder")
-        failed = decoder.result().capture_failed if decoder is not None and decoder.done() else ""
+        open_now = decoder is not None and decoder.done() and decoder.exception() is None
+        failed = decoder.result().capture_failed if decoder is not None and open_now else ""
         return {
             "name": self.name,
             "provider": self._info.library,
