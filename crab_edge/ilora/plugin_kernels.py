@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -159,6 +160,8 @@ def mismatch(ptx: str, launch: Launch, inputs: int, outputs: int = 1) -> str | N
         return f"holds the kernel {kernel.name}, expected {launch.entry}"
     if kernel.threads is not None and kernel.threads != launch.threads:
         return f"is compiled for {kernel.threads} threads a block, expected {launch.threads}"
+    if re.search(r"griddepcontrol|cluster", ptx):
+        return "needs a launch of clusters, or one that depends on another, which no engine makes"
     scalars = kernel.kinds[inputs : len(kernel.kinds) - outputs]
     pointers = kernel.kinds[:inputs] + kernel.kinds[len(kernel.kinds) - outputs :]
     if (

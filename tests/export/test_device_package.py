@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,6 +157,13 @@ def job(folder, **other) -> Job:
     graph = EngineGraph.model_validate({"file": "small.onnx", **GRAPH})
     given = {"library": "tensorrt_rtx", "sm": (86, 89), "workspace": 1 << 26, **other}
     return Job(source=folder / "small.onnx", out=folder / "small.engine", graph=graph, **given)
+
+
+def test_the_building_machine_needs_no_torch_and_no_onnx():
+    code = "import sys, crab_edge_export.device_package; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert not loaded & {"torch", "onnx", "triton", "transformers", "tensorrt"}
 
 
 def test_a_job_survives_its_trip_to_the_child(tmp_path):

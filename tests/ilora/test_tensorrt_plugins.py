@@ -144,6 +144,8 @@ def test_ptx_that_doesn_t_fit_its_launch_is_named():
     assert "takes 2 scalars" in plugin_kernels.mismatch(text("k", 3, 2), launch, 3)
     assert "pointers" in plugin_kernels.mismatch(text("k", 3, 1, hidden=2), launch, 3)
     assert "pointers" in plugin_kernels.mismatch(text("k", 4, 1), launch, 3)
+    clustered = text("k", 3, 1, body="mov.u32 %r1, %cluster_ctaid.x;")
+    assert "launch of clusters" in plugin_kernels.mismatch(clustered, launch, 3)
     other = launch.model_copy(update={"threads": 64})
     assert "128 threads" in plugin_kernels.mismatch(text("k", 3, 1), other, 3)
 
