@@ -10,8 +10,9 @@ leading axes as rows M, and give the activations' dtype. They have fake kernels 
 torch.compile and CUDA graphs can hold them. Inference only: no gradients.
 
 The layout that `prepare` makes of a `crab_edge.lowbit.QTensor` (`gpu_layout` is the same in numpy):
-- q uint8 [N, K/block, block*bits/8], K padded to whole blocks. 4 bits: byte j of a block holds column j in its low half and column
-  j + block/2 in its high half, so both halves meet neighbouring activations. 8 bits: as stored.
+- q uint8 [N, K/block, block*bits/8], K padded to whole blocks. 4 bits: byte j of a block
+  holds column j in its low half and column j + block/2 in its high half, so that both halves meet
+  neighbouring activations. 8 bits: as stored.
 - scales [N, K/block], in memory column by column (strides 1, N): the rows of a tile lie side by side.
   float16, or float32 where float16 would lose more than half a unit of the row's largest scale.
 """

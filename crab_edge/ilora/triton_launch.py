@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import torch
 import triton
 from torch import Tensor
 
@@ -103,6 +104,8 @@ def _grid(m: int, columns: int, n: int, rows: int) -> tuple[int, int]:
 
 def _matrix(x: Tensor) -> tuple[Tensor, int]:
     """x with its rows at one distance and its columns side by side, and how many rows it has."""
+    if _ASM and x.dtype not in (torch.float16, torch.bfloat16):
+        raise CrabError(f"activations on CUDA are {x.dtype}, expected float16 or bfloat16")
     rows = x.shape[:-1].numel()
     if x.dim() != 2 or x.stride(1) != 1:
         x = x.contiguous()
