@@ -194,9 +194,11 @@ def joined(group: Group) -> Group:
         parts = [base.scales.new_zeros(len(base.q)) if base.bias is None else base.bias for base in bases]
         kind = next(base.bias.dtype for base in bases if base.bias is not None)
         bias = torch.cat([part.to(kind) for part in parts])
-    # The kernels read scales column by column.
-    scales = torch.cat([base.scales for base in bases]).t().contiguous().t()
-    base = LowBit(torch.cat([base.q for base in bases]), scales, bases[0].bits, bases[0].block, bias)
+    q = torch.cat([base.q for base in bases])
+    # The kernels read scales column by column, also where there is one column.
+    scales = bases[0].scales.new_empty(q.shape[1], len(q)).t()
+    scales.copy_(torch.cat([base.scales for base in bases]))
+    base = LowBit(q, scales, bases[0].bits, bases[0].block, bias)
     return replace(group, linears=(Linear(base, linears[0].planes, None, 0, max(ends), rows),))
 
 

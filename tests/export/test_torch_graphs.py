@@ -101,6 +101,9 @@ def test_linears_of_one_input_are_one_launch_where_they_can_be(tiny, tmp_path, n
     path = write_decoder(tiny, PRECISIONS[name], tmp_path / "d.onnx", adapter=adapter)
     groups = Torch(path, tiny.config.text_config).decoder.groups
     assert [len(group.linears) for group in groups] == 2 * launches
+    for base in (group.linears[0].base for group in groups if group.linears[0].rows):
+        # As the kernels read them.
+        assert base.scales.stride() == (1, len(base.q))
     if adapter:
         assert [len(group.adapted) for group in groups] == 2 * [3, 1, 2, 1]
 
