@@ -122,6 +122,21 @@ def test_memory_that_runs_out_is_said_and_forgotten(engine, tokens, monkeypatch)
     close(engine.forward(embeds, positions), expected)
 
 
+def test_an_interrupted_step_leaves_no_half_grown_cache(engine, tokens, monkeypatch):
+    embeds, positions = tokens
+    expected = engine.forward(embeds, positions).copy()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("crab_edge.engines._torch_cache.Cache.reserve", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.forward(embeds[:, :1], positions[..., :1])
+    assert engine.length == 0 and engine._cache is None and engine._step is None
+    close(engine.forward(embeds, positions), expected)
+
+
 def test_graphs_are_loaded_once_and_dropped(bundle, tokens):
     small = engines.create("torch", bundle, device="cpu", low_memory=True)
     mel = np.zeros((1, bundle.features.n_mels, 200), np.float32)
