@@ -45,14 +45,11 @@ class Card:
 
     def free_bytes(self) -> int:
         """Memory that can still be allocated, what torch keeps for reuse included."""
-        import torch
+        from crab_edge.engines._torch_device import free_bytes
+        from crab_edge.memory import available_bytes
 
-        if not self.real:
-            from crab_edge.memory import available_bytes
-
-            return available_bytes() or self.memory_bytes
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        free = free_bytes(self.device)
+        return (available_bytes() or self.memory_bytes) if free is None else free
 
     def synchronize(self) -> None:
         """Waits for everything that was launched; a kernel's fault surfaces here."""

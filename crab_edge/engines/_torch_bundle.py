@@ -186,7 +186,7 @@ class TorchBundleEngine:
         try:
             with devices.running(self.device, f"{total} tokens", needed):
                 logits = self._run(decoder, cache, embeds, position_ids)
-        except EngineError:
+        except BaseException:
             # Buffers that grew halfway belong to no capacity.
             self._forget()
             raise

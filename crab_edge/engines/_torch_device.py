@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from crab_edge.errors import CrabError, DependencyError, DeviceError, EngineError, InputError
+from crab_edge.memory import available_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BF16_SINCE = (8, 0)
@@ -82,6 +83,10 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
+    if torch.cuda.get_device_properties(device).is_integrated:
+        # A Jetson's memory is the machine's: CUDA doesn't count the files in its cache (the bundle's among
+        # them) as free, though it gets their room when it asks for it.
+        free = max(free, available_bytes() or 0)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
@@ -94,9 +99,10 @@ def check_room(device: torch.device, what: str, needed: int) -> None:
 
 @contextmanager
 def running(device: torch.device, what: str, needed: int) -> Iterator[None]:
-    """`what` on the device, without gradients; what torch and the kernels raise becomes an EngineError.
+    """`what` on the device, without gradients; what torch and the kernels raise becomes an EngineError, a
+    lack of memory a DeviceError.
 
-    needed: bytes that `what` takes, for the message when they aren't there.
+    needed: bytes that `what` takes, 0 if unknown, for the message when they aren't there.
     """
     # Triton launches on the thread's current device, whatever the tensors' is.
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -114,8 +120,8 @@ def running(device: torch.device, what: str, needed: int) -> Iterator[None]:
 
 
 def _short(device: torch.device, what: str, needed: int, free: int) -> str:
+    least = f"about {needed // _MB} MB are needed, " if needed else ""
     return (
-        f"{device} is short of memory for {what}: about {needed // _MB} MB are needed, {free // _MB} MB are "
-        "free; close what else uses the GPU, choose low_memory, a shorter clip or a bundle of fewer bits "
-        "(`crab-edge plan` says what fits)"
+        f"{device} is short of memory for {what}: {least}{free // _MB} MB are free; close what else uses the "
+        "GPU, choose low_memory, a shorter clip or a bundle of fewer bits (`crab-edge plan` says what fits)"
     )

@@ -13,10 +13,10 @@ import torch
 from ..errors import DependencyError, DeviceError, EngineError
 from ..lowbit import QTensor
 
-_SIZE = 64
-_BLOCK = 32
+_SIZE = 256
+_BLOCK = 128
 _TOLERANCE = 2e-2
-"""Relative, of products in float16 against float32."""
+"""Relative, of products in bfloat16 against float32."""
 
 
 def kernels(variant: str, say: Callable[..., None]) -> None:
@@ -32,9 +32,8 @@ def kernels(variant: str, say: Callable[..., None]) -> None:
     if not torch.allclose(y, torch.eye(_SIZE) * 9):
         raise EngineError(f"torch on {device} computes wrong numbers; reinstall it")
     say(facts={"kernel": f"a product in {1e3 * (time.perf_counter() - started):.1f} ms"})
-    if importlib.util.find_spec("crab_edge.ilora.torch_ops") is not None:
-        say(step=f"running the low-bit kernels on {device}")
-        _low_bit(device, say)
+    say(step=f"running the low-bit kernels on {device}")
+    _low_bit(device, say)
 
 
 def _look_at_gpu(say: Callable[..., None]) -> None:
@@ -70,9 +69,12 @@ def _look_at_gpu(say: Callable[..., None]) -> None:
 
 
 def _low_bit(device: torch.device, say: Callable[..., None]) -> None:
-    """A 4-bit product as the decoder has them, on `device` in float16 and on the CPU in float32."""
-    from ..ilora import torch_ops  # type: ignore[attr-defined,unused-ignore]
+    """A 4-bit product as the decoder has them, on `device` in the engine's type and on the CPU in float32."""
+    from ..ilora import torch_ops
+    from ._torch_device import check_dtype, choose_dtype
 
+    dtype = choose_dtype(None, device)
+    check_dtype(device, dtype)
     random = np.random.default_rng(0)
     codes = random.integers(0, 256, (_SIZE, _SIZE // _BLOCK, _BLOCK // 2), dtype=np.uint8)
     scales = random.random((_SIZE, _SIZE // _BLOCK), dtype=np.float32) * 0.1
@@ -86,7 +88,6 @@ def _low_bit(device: torch.device, say: Callable[..., None]) -> None:
         return y.float().cpu()
 
     started = time.perf_counter()
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
     actual = product(device, dtype)
     seconds = time.perf_counter() - started
     expected = product(torch.device("cpu"), torch.float32)

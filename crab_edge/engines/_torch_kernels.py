@@ -6,7 +6,7 @@ these. All launches have shapes that depend on the cache's capacity only, so a C
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -23,6 +23,8 @@ _BLOCK, _PARTS = 64, 64
 # The least that a tensor core takes at a time: heads that share keys are padded to it.
 _ROWS = 16
 _ELEMENTS = 1024
+# Triton up to 3.9 fuses by itself, and warns that 3.10 won't.
+_FUSED: Any = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -161,6 +163,7 @@ def add_norm(norm: Norm, residual: Tensor, x: Tensor | None = None) -> tuple[Ten
         ADDS=x is not None,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
+        **_FUSED,
     )
     return total, out
 
@@ -170,7 +173,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     rows, width = gate.shape
     out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     grid = (rows, triton.cdiv(width, _ELEMENTS))
-    _silu_mul[grid](gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=_ELEMENTS)
+    _silu_mul[grid](gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=_ELEMENTS, **_FUSED)
     return out
 
 
@@ -208,6 +211,7 @@ class FastStep:
             kv_heads,
             HALF=depth // 2,
             num_warps=1,
+            **_FUSED,
         )
         part = max(_BLOCK, triton.next_power_of_2(triton.cdiv(capacity, _PARTS)))
         count = triton.cdiv(capacity, part)
@@ -230,8 +234,9 @@ class FastStep:
             DEPTH=depth,
             BLOCK=_BLOCK,
             num_stages=2,
+            **_FUSED,
         )
         out = torch.empty(1, heads * depth, dtype=q.dtype, device=q.device)
         wide = triton.next_power_of_2(count)
-        _join_parts[(heads,)](tops, sums, parts, out, count, WIDE=wide, DEPTH=depth)
+        _join_parts[(heads,)](tops, sums, parts, out, count, WIDE=wide, DEPTH=depth, **_FUSED)
         return out

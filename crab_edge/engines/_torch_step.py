@@ -72,8 +72,9 @@ class Stepper:
                 self.run()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # An encoder that is loading in another thread may allocate meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # torch's own stream for captures belongs to the device of the process's first capture. An encoder
+        # that is loading in another thread may allocate meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.run()
         return graph
 

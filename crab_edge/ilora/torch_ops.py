@@ -124,6 +124,7 @@ def lowbit_linear(
     linears = len(rows or (0,))
     _check_folded(x, z, q, scales, bits, block, planes, linears)
     _check_rows(rows, q, z)
+    _check_bias(bias, q)
     weight = dequantize(q, scales, bits, block)
     if z is None:
         y = _product(x, weight)
@@ -136,7 +137,7 @@ def lowbit_linear(
 @torch.library.custom_op("crab::ilora_experts", mutates_args=(), device_types="cpu")
 def ilora_experts(y0: Tensor, z: Tensor, q: Tensor, scales: Tensor, bits: int, block: int) -> Tensor:
     """y0 [.., N] + sB z, z [.., K2] -> y [.., N]."""
-    _check(z, q, scales, bits, block, "z")
+    _check_experts(y0, z, q, scales, bits, block)
     return (y0.float() + _product(z, dequantize(q, scales, bits, block))).to(y0.dtype)
 
 
@@ -156,7 +157,8 @@ def lowbit_linear_experts(
 ) -> Tensor:
     """`W x + sB z + b` with W and sB of their own bits and blocks: x [.., K1], z [.., K2] -> y [.., N]."""
     _check(x, q, scales, bits, block, "x")
-    _check(z, q_experts, scales_experts, bits_experts, block_experts, "z")
+    _check_bias(bias, q)
+    _check_beside(x, z, q, q_experts, scales_experts, bits_experts, block_experts)
     y = _product(x, dequantize(q, scales, bits, block))
     y = y + _product(z, dequantize(q_experts, scales_experts, bits_experts, block_experts))
     return (y if bias is None else y + bias.float()).to(x.dtype)
@@ -189,7 +191,7 @@ def _(
     x: Tensor, q: Tensor, scales: Tensor, bits: int, block: int, rank: int, experts: int, groups: int
 ) -> Tensor:
     _check_route(x, q, scales, bits, block, rank, experts, groups)
-    return _launch("route")(x, q, scales, bits, block, rank, experts, groups)
+    return _launch("route", x, q, scales, bits, block, rank, experts, groups)
 
 
 @lowbit_linear.register_kernel("cuda")
@@ -206,13 +208,14 @@ def _(
 ) -> Tensor:
     _check_folded(x, z, q, scales, bits, block, planes, len(rows or (0,)))
     _check_rows(rows, q, z)
-    return _launch("linear")(x, z, q, scales, bits, block, planes, bias, rows)
+    _check_bias(bias, q)
+    return _launch("linear", x, z, q, scales, bits, block, planes, bias, rows)
 
 
 @ilora_experts.register_kernel("cuda")
 def _(y0: Tensor, z: Tensor, q: Tensor, scales: Tensor, bits: int, block: int) -> Tensor:
-    _check(z, q, scales, bits, block, "z")
-    return _launch("experts")(y0, z, q, scales, bits, block)
+    _check_experts(y0, z, q, scales, bits, block)
+    return _launch("experts", y0, z, q, scales, bits, block)
 
 
 @lowbit_linear_experts.register_kernel("cuda")
@@ -230,13 +233,14 @@ def _(
     bias: Tensor | None,
 ) -> Tensor:
     _check(x, q, scales, bits, block, "x")
-    _check(z, q_experts, scales_experts, bits_experts, block_experts, "z")
+    _check_bias(bias, q)
+    _check_beside(x, z, q, q_experts, scales_experts, bits_experts, block_experts)
     beside = (q_experts, scales_experts, bits_experts, block_experts)
-    return _launch("linear")(x, z, q, scales, bits, block, 0, bias, None, beside)
+    return _launch("linear", x, z, q, scales, bits, block, 0, bias, None, beside)
 
 
-def _launch(name: str) -> Callable[..., Tensor]:
-    """A function of `triton_launch`, imported when the first CUDA tensor comes."""
+def _launch(name: str, first: Tensor, *arguments: object) -> Tensor:
+    """Calls a function of `triton_launch`, imported when the first CUDA tensor comes."""
     try:
         from . import triton_launch
     except ImportError as error:
@@ -244,7 +248,9 @@ def _launch(name: str) -> Callable[..., Tensor]:
             f"low-bit products on CUDA need triton ({error}); run `pip install 'crab-edge[cuda]'`"
         ) from None
     function: Callable[..., Tensor] = getattr(triton_launch, name)
-    return function
+    # Triton launches on the thread's current device, whatever the tensors' is.
+    with torch.cuda.device(first.device):
+        return function(first, *arguments)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -269,11 +275,33 @@ def _check_route(
     _check(x, q, scales, bits, block, "x")
 
 
+def _check_experts(y0: Tensor, z: Tensor, q: Tensor, scales: Tensor, bits: int, block: int) -> None:
+    _check(z, q, scales, bits, block, "z")
+    if y0.shape != (*z.shape[:-1], q.shape[0]):
+        raise CrabError(f"y0 is {tuple(y0.shape)}, expected {(*z.shape[:-1], q.shape[0])}")
+
+
+def _check_beside(
+    x: Tensor, z: Tensor, q: Tensor, q_experts: Tensor, scales: Tensor, bits: int, block: int
+) -> None:
+    _check(z, q_experts, scales, bits, block, "z")
+    if z.shape[:-1] != x.shape[:-1] or len(q_experts) != len(q):
+        raise CrabError(
+            f"z {tuple(z.shape)} and {len(q_experts)} rows of experts don't belong to x {tuple(x.shape)} and "
+            f"{len(q)} rows"
+        )
+
+
+def _check_bias(bias: Tensor | None, q: Tensor) -> None:
+    if bias is not None and (bias.shape != q.shape[:1] or not bias.is_contiguous()):
+        raise CrabError(f"bias is {tuple(bias.shape)}, expected {(len(q),)}, contiguous")
+
+
 def _check_rows(rows: Sequence[int] | None, q: Tensor, z: Tensor | None) -> None:
     if rows is None:
         return
     begins = list(itertools.accumulate(rows))
-    if begins[-1] != q.shape[0] or not 2 <= len(rows) <= 3 or z is None:
+    if sum(rows) != q.shape[0] or not 2 <= len(rows) <= 3 or z is None:
         raise CrabError(f"rows are {list(rows)} of {q.shape[0]}, expected those of 2 or 3 linears, and a z")
     if any(begin % 16 for begin in begins[:-1]):
         raise CrabError(f"linears begin at rows {begins[:-1]}, expected multiples of 16: launch each alone")
@@ -288,6 +316,10 @@ def _check_folded(
         return _check(x, q, scales, bits, block, "x")
     _check_operands(x, q, scales, bits, block)
     k1, k2 = x.shape[-1], z.shape[-1] // linears
+    if z.shape[-1] % linears:
+        raise CrabError(
+            f"z has {z.shape[-1]} columns, expected the same number for each of {linears} linears"
+        )
     if planes < 1 or k1 % block or (planes > 1 and k2 % block):
         raise CrabError(f"x [.., {k1}] and {planes} x z [.., {k2}] don't fit blocks of {block}")
     if q.shape[1] != k1 // block + planes * n_blocks(k2, block):
@@ -301,3 +333,5 @@ def _check_operands(x: Tensor, q: Tensor, scales: Tensor, bits: int, block: int)
         raise CrabError(f"got x {x.dtype}, codes {q.dtype} {tuple(q.shape)} for {bits} bits, block {block}")
     if scales.shape != q.shape[:2]:
         raise CrabError(f"scales are {tuple(scales.shape)}, expected {tuple(q.shape[:2])}")
+    if not q.is_contiguous():
+        raise CrabError(f"codes lie with strides {q.stride()}, expected contiguous ones (see prepare)")

@@ -20,6 +20,8 @@ from .triton_kernels import experts_kernel, linear_kernel, route_kernel
 
 # The interpreter has no inline assembly.
 _ASM = not triton.knobs.runtime.interpret
+# A tile may begin before the end and reach beyond it, masked: so much stays free.
+_OFFSETS = (1 << 31) - (1 << 24)
 
 
 def linear(
@@ -43,6 +45,7 @@ def linear(
     tile = triton_tiles.linear_tile(m, n, q.shape[1] * block, bits, block, splits, (bits_e, block_e))
     first, second = (*splits, 0, 0)[:2]
     y = x.new_empty((*x.shape[:-1], n))
+    _check_sizes(m, max(n, _stride(x), _stride(z2)), q, q_e)
     if m:
         linear_kernel[_grid(m, tile.columns, n, tile.rows)](
             x, z2, q, _columns_first(scales), q_e, None if s_e is None else _columns_first(s_e), bias, m, y,
@@ -61,6 +64,7 @@ def experts(y0: Tensor, z: Tensor, q: Tensor, scales: Tensor, bits: int, block: 
     tile = triton_tiles.linear_tile(m, n, q.shape[1] * block, bits, block)
     y0 = y0.contiguous()
     y = y0.new_empty(y0.shape)
+    _check_sizes(m, max(n, _stride(z)), q)
     if m:
         experts_kernel[_grid(m, tile.columns, n, tile.rows)](
             y0, z, q, _columns_first(scales), m, y,
@@ -77,6 +81,7 @@ def route(
     k = x.shape[-1]
     tile = triton_tiles.route_tile(m, k, bits, block, rank, experts, groups)
     z = x.new_empty((*x.shape[:-1], groups * experts * rank))
+    _check_sizes(m, max(_stride(x), z.shape[-1]), q)
     if m:
         route_kernel[(triton.cdiv(m, tile.columns), groups * triton.cdiv(rank, tile.down))](
             x, q, _columns_first(scales), m, z,
@@ -95,6 +100,8 @@ def _common(tile: triton_tiles.Tile, rows: str) -> dict[str, int | bool]:
         "ASM": _ASM,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        # Triton up to 3.9 does so by itself, 3.10 no longer; kernels compiled ahead of time do too.
+        "enable_fp_fusion": True,
     }
 
 
@@ -117,6 +124,16 @@ def _stride(x: Tensor | None) -> int:
         return 0
     # One row has no distance to the next: a constant keeps slices and whole tensors on one kernel.
     return x.shape[-1] if x.shape[:-1].numel() == 1 else x.stride(-2)
+
+
+def _check_sizes(rows: int, width: int, *codes: Tensor | None) -> None:
+    """CrabError where the kernels' 32-bit offsets wouldn't reach the end of an operand."""
+    largest = max(rows * width, *(q.numel() for q in codes if q is not None))
+    if largest >= _OFFSETS:
+        raise CrabError(
+            f"{rows} rows of {width} values beside codes of {[q.numel() for q in codes if q is not None]} "
+            f"bytes: the kernels take less than {_OFFSETS} of either; pass fewer rows at a time"
+        )
 
 
 def _columns_first(scales: Tensor) -> Tensor:

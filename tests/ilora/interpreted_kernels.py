@@ -12,6 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 
+from crab_edge.errors import CrabError
 from crab_edge.ilora import reference, torch_ops, triton_launch
 from crab_edge.lowbit import QTensor, dequantize, n_blocks, pack
 
@@ -118,6 +119,18 @@ def float32_scales():
     return error(y, x.double().numpy() @ dequantize(stored).astype(np.float64).T)
 
 
+def too_long():
+    """1 when rows beyond the kernels' 32-bit offsets are refused before anything is launched."""
+    operand, _ = weight(16, 128, 4, 128)
+    x = torch.empty(1, 128, dtype=torch.float16).expand(1 << 31, 128)
+    y0 = torch.empty(1, dtype=torch.float16)
+    try:
+        triton_launch.experts(y0, x, operand.q, operand.scales, 4, 128)
+    except CrabError as error:
+        return float("fewer rows" in str(error))
+    return 0.0
+
+
 CASES = {
     "one row": lambda: plain(1, 40, 256, 4, 128),
     "five rows": lambda: plain(5, 24, 384, 4, 128),
@@ -148,6 +161,7 @@ CASES = {
     "route, bfloat16": lambda: route(2, 128, 24, 2, 1, 8, 64, torch.bfloat16),
     "float32 scales": float32_scales,
     "a wrong code": wrong_code,
+    "too long": too_long,
 }
 
 

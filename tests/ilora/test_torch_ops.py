@@ -146,6 +146,29 @@ def test_what_does_not_fit_is_refused():
         OPS.ilora_route(x, *weight, 16, 3, 2)
 
 
+def test_operands_that_a_kernel_would_read_beyond_are_refused():
+    """The kernels trust these shapes: on a GPU a wrong one would read another tensor's memory."""
+    x, z, bias, weight, planes, rows = _grouped()
+    for wrong in (bias[:40], bias[:1], torch.randn(96)[::2]):
+        with pytest.raises(CrabError, match="bias is"):
+            OPS.lowbit_linear(x, z, *weight, planes, wrong, rows)
+    with pytest.raises(CrabError, match="255 columns, expected the same number for each of 2"):
+        OPS.lowbit_linear(x, z[:, :255], *weight, planes, bias, rows)
+    q, *rest = weight
+    with pytest.raises(CrabError, match="contiguous"):
+        OPS.lowbit_linear(x, z, q.transpose(0, 1).contiguous().transpose(0, 1), *rest, planes, bias, rows)
+    y0, z, *up = arguments()["ilora_experts"]
+    for wrong in (y0[:2], y0[:, :39]):
+        with pytest.raises(CrabError, match="y0 is"):
+            OPS.ilora_experts(wrong, z, *up)
+    x, z, *base = arguments()["lowbit_linear_experts"]
+    with pytest.raises(CrabError, match="don't belong"):
+        OPS.lowbit_linear_experts(x, z[:1], *base)
+    fewer = [*base[:4], base[4][:32], base[5][:32], *base[6:]]
+    with pytest.raises(CrabError, match="32 rows of experts"):
+        OPS.lowbit_linear_experts(x, z, *fewer)
+
+
 @CUDA
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 @pytest.mark.parametrize("name", sorted(arguments()))

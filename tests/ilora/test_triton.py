@@ -40,5 +40,9 @@ def test_the_bound_would_notice_one_wrong_code(errors):
     assert errors["a wrong code"] > 2 * FLOAT16
 
 
+def test_offsets_beyond_32_bits_are_refused(errors):
+    assert errors["too long"] == 1
+
+
 def test_every_case_is_looked_at(errors):
-    assert set(errors) == {*CASES, "a wrong code"}
+    assert set(errors) == {*CASES, "a wrong code", "too long"}

@@ -1,13 +1,14 @@
 """The torch engine on a tiny real bundle with exact products, and on the packaged one, on the CPU."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from crab_edge import engines
 from crab_edge.bundle import Bundle, sample_clip
-from crab_edge.errors import DependencyError, EngineError, InputError
+from crab_edge.errors import DependencyError, DeviceError, EngineError, InputError
 from crab_edge.session import load
 
 pytest.importorskip("onnxruntime")
@@ -121,6 +122,21 @@ def test_memory_that_runs_out_is_said_and_forgotten(engine, tokens, monkeypatch)
     close(engine.forward(embeds, positions), expected)
 
 
+def test_an_interrupted_step_leaves_no_half_grown_cache(engine, tokens, monkeypatch):
+    embeds, positions = tokens
+    expected = engine.forward(embeds, positions).copy()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("crab_edge.engines._torch_cache.Cache.reserve", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.forward(embeds[:, :1], positions[..., :1])
+    assert engine.length == 0 and engine._cache is None and engine._step is None
+    close(engine.forward(embeds, positions), expected)
+
+
 def test_graphs_are_loaded_once_and_dropped(bundle, tokens):
     small = engines.create("torch", bundle, device="cpu", low_memory=True)
     mel = np.zeros((1, bundle.features.n_mels, 200), np.float32)
@@ -203,6 +219,8 @@ def test_cards(bundle, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Turing")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (300 << 20, 400 << 20))
+    kind = SimpleNamespace(is_integrated=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: kind)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 30 << 20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 10 << 20)
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: object())
@@ -216,11 +234,31 @@ def test_cards(bundle, monkeypatch):
     with pytest.raises(InputError, match="dtype float32: on cuda:0 expected one of bfloat16, float16"):
         devices.choose_dtype("float32", card)
     devices.check_room(card, "it", 319 << 20)
-    with pytest.raises(EngineError, match="about 321 MB are needed, 320 MB are free"):
+    with pytest.raises(DeviceError, match="about 321 MB are needed, 320 MB are free"):
         devices.check_room(card, "it", 321 << 20)
+    # A Jetson's file cache gives way.
+    kind.is_integrated = 1
+    monkeypatch.setattr(devices, "available_bytes", lambda: 380 << 20)
+    devices.check_room(card, "it", 400 << 20)
+    with pytest.raises(DeviceError, match="about 401 MB are needed, 400 MB are free"):
+        devices.check_room(card, "it", 401 << 20)
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(DependencyError, match=r"crab-edge\[cuda\]"):
         devices.choose_device("cuda")
+
+
+def test_short_memory_is_a_device_error():
+    """Without a number where nobody knows what is needed."""
+    from crab_edge.engines import _torch_device as devices
+
+    cpu = torch.device("cpu")
+    for needed, said in ((0, "for it: 0 MB are free"), (5 << 20, "for it: about 5 MB are needed, 0 MB")):
+        with pytest.raises(DeviceError, match=said), devices.running(cpu, "it", needed):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(EngineError, match=r"it failed on cpu \(RuntimeError: no\)") as other:
+        with devices.running(cpu, "it", 0):
+            raise RuntimeError("no")
+    assert not isinstance(other.value, DeviceError)
 
 
 def test_a_damaged_graph_comes_with_its_first_use(bundle, tmp_path):
