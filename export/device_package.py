@@ -146,8 +146,9 @@ def _choose(opened: Bundle, name: str | None) -> str:
         return waiting[0]
     if name is None or name not in engines:
         raise InputError(
-            f"{opened.path}: engines that wait to be built: {', '.join(waiting) or 'none'}; name one with "
-            "--target, or add one with `crab-edge export --bundle BUNDLE --target T --out NEW`"
+            f"{opened.path}: engines that wait to be built: {', '.join(waiting) or 'none'}; "
+            + ("name one with --target, or " if waiting else "")
+            + "add one with `crab-edge export --bundle BUNDLE --target T --out NEW`"
         )
     if engines[name].built:
         raise InputError(

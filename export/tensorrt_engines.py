@@ -16,7 +16,7 @@ from typing import Literal
 import onnx
 
 from crab_edge.bundle import Bundle, BundleWriter
-from crab_edge.engines._tensorrt_check import INSTALL
+from crab_edge.engines._tensorrt_check import IN_PLACE, INSTALL, numbers
 from crab_edge.errors import BundleError, InputError
 from crab_edge.manifest import ENGINES, EngineGraph, EngineInfo, EngineProfile, Manifest, TensorInfo
 from crab_edge.memory import available_bytes
@@ -43,8 +43,6 @@ PREFILL, DECODE = (1, 256, 512), (1, 1, 8)
 FRAME_PATCHES = 256
 FRAMES, CHUNKS = (1, 5, 32), (1, 5, 32)
 """Pairs of frames, and two-second chunks of sound, of one pass; ten seconds are five of each."""
-IN_PLACE = "10.15"
-"""The first TensorRT whose parser makes a layer that updates the cache in place of a `TensorScatter`."""
 # Graphs below this keep their weights inside.
 _INSIDE = 64 << 20
 _DTYPES = {1: "float32", 10: "float16", 7: "int64", 6: "int32"}
@@ -155,9 +153,10 @@ class _Writing:
                 self.say(f"{self.target.name}: rewriting the {name} graph", number / 6)
                 graphs[name] = self._rewrite(name, place)
             digests = self._package(place)
-            version = max(self.target.min_tensorrt, IN_PLACE, key=_numbers)
-            if self.target.kind == "rtx":
-                version = self.target.min_tensorrt
+            least = numbers(self.target.min_tensorrt)
+            if self.target.kind == "tensorrt":
+                least = max(least, IN_PLACE)
+            version = ".".join(map(str, least))
             if self.built:
                 version = self._build(graphs, place)
         one = self.target
@@ -268,10 +267,6 @@ def _times(bounds: tuple[int, int, int], factor: int) -> tuple[int, int, int]:
 def _below(bounds: tuple[int, int, int], limit: int) -> tuple[int, int, int]:
     low, tuned, high = bounds
     return low, min(tuned, limit), min(high, limit)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
 
 
 def _elsewhere(one: Target, command: str) -> str:

@@ -71,7 +71,7 @@ def test_the_manifest_says_what_a_runtime_binds(nano):
     }
 
 
-def test_4_bit_weights_stay_4_bit_in_the_engine(nano, tmp_path):
+def test_low_bit_weights_stay_low_bit_in_the_engine(nano, tmp_path):
     """Every low-bit weight's own bytes are in the engine file, so none was made wider."""
     graph = GraphBuilder("decoder")
     rewrite_decoder(Source(default_bundle() / "decoder.onnx"), graph, Products(), 1024)
@@ -80,6 +80,15 @@ def test_4_bit_weights_stay_4_bit_in_the_engine(nano, tmp_path):
     blobs = dict(int4_blobs(tmp_path / "decoder.onnx"))
     assert len(blobs) == 7 * nano.manifest.model.layers
     assert [name for name, blob in blobs.items() if blob not in engine] == []
+    # 8 bits stay K before N; odd widths are padded in between.
+    arrays = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(str(tmp_path / "decoder.onnx")).graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8
+    }
+    even = {name: codes for name, codes in arrays.items() if codes.shape[1] % 2 == 0}
+    assert "lm_head.weight" in even and len(even) == nano.manifest.model.layers + 1
+    assert [name for name, codes in even.items() if codes.tobytes() not in engine] == []
 
 
 def test_the_layers_of_the_network(tmp_path):
