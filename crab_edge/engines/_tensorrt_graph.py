@@ -110,6 +110,8 @@ class EngineFile:
         self._captures = graphs and not self._own_graphs and not self._on_host
         self._kernels = kernels
         self._kernel_cache: Any = None
+        self._kept = b""
+        self._ran: set[int] = set()
         self._contexts = [self._context(index) for index in range(len(spec.profiles))]
         self._memory: dict[str, Memory] = {}
         self._host: dict[str, NDArray[Any]] = {}
@@ -168,21 +170,24 @@ class EngineFile:
             self._kernel_cache = config.create_runtime_cache()
             if self._kernels is not None:
                 with contextlib.suppress(OSError):
-                    self._kernel_cache.deserialize(self._kernels.read_bytes())
+                    self._kept = self._kernels.read_bytes()
+                    self._kernel_cache.deserialize(self._kept)
         config.set_runtime_cache(self._kernel_cache)
 
     def save_kernels(self) -> None:
         """Keeps what TensorRT-RTX has compiled for the next run; that it can't be written costs time only."""
         if self._kernel_cache is None or self._kernels is None:
             return
-        content = self._kernel_cache.serialize()
-        if content is None:
+        made = self._kernel_cache.serialize()
+        content = b"" if made is None else bytes(memoryview(made))
+        if content in (b"", self._kept):
             return
         temporary = self._kernels.with_name(f"{self._kernels.name}.{os.getpid()}")
         try:
             self._kernels.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(bytes(memoryview(content)))
+            temporary.write_bytes(content)
             os.replace(temporary, self._kernels)
+            self._kept = content
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -273,6 +278,10 @@ class EngineFile:
             self._device.synchronize()
         except EngineError as error:
             raise type(error)(f"{self._what}: {error}") from error
+        if index not in self._ran:
+            # Nobody need close an engine: what the first pass of a profile compiled is kept at once.
+            self._ran.add(index)
+            self.save_kernels()
         return {
             tensor.name: self._view(tensor, shape).astype(np.float32, copy=False) for tensor, shape in outputs
         }

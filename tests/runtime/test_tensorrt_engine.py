@@ -208,9 +208,12 @@ def test_tensorrt_rtx_captures_by_itself_and_keeps_its_kernels(tmp_path, monkeyp
     strategy = fake_tensorrt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     assert all(context.how.cuda_graph_strategy is strategy for context in decoder._contexts)
     assert len({id(context.how.cache) for context in decoder._contexts}) == 1
-    engine.close()
+    # Before anyone closes it: a command that ends doesn't.
     (kernels,) = (tmp_path / "cache" / "crab-edge" / "kernels").iterdir()
     assert kernels.read_bytes() == b"compiled"
+    written = kernels.stat().st_mtime_ns
+    engine.close()
+    assert kernels.stat().st_mtime_ns == written
     described = engine.describe()
     assert described["provider"] == "tensorrt_rtx" and described["target"] == "rtx"
 
