@@ -1,6 +1,7 @@
 """`crab-edge export --target`: engines built here without a GPU, and packages for other machines."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -149,6 +150,15 @@ def test_a_target_of_another_machine_gets_everything_but_the_engine(
     ((names, sm),) = uncompiled
     assert sm == 87 and any(name.startswith("ILoRALinearBias") for name in names)
     assert (bundle.path / "engines/jetson-orin/build.json").is_file()
+
+
+def test_what_waits_for_tensorrt_rtx_says_how_to_install_it(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt_engines.Target, "builds_here", lambda self: False)
+    said = []
+    path = add_engines(tiny_bundle, tmp_path / "out", EngineOptions(("rtx",), 256), report=said.append)
+    assert re.search(r"pip install 'crab-edge\[rtx\]'.*crab-edge build-engine BUNDLE --target rtx", said[-1])
+    info = Bundle.open(path).manifest.engines["rtx"]
+    assert not info.built and info.version == "1.0"
 
 
 def test_the_plugins_file_gives_the_same_answer(tiny_bundle, tmp_path, uncompiled):
