@@ -85,7 +85,8 @@ def lines(path: Path) -> list[str]:
     manifest = read_manifest(path)
     found = []
     for name, engine in manifest.engines.items():
-        size = sum(manifest.files[graph.file].size for graph in engine.graphs.values())
+        graphs = tuple(graph.file for graph in engine.graphs.values())
+        size = sum(info.size for file, info in manifest.files.items() if file.startswith(graphs))
         what = f"{engine.library} {engine.version}" if engine.built else "to be built"
         machines = ", ".join(f"sm_{sm}" for sm in engine.sm)
         found.append(

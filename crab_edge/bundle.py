@@ -145,6 +145,11 @@ class Bundle:
         """Path of the graph `decoder`, `audio` or `vision`."""
         return self.path / str(getattr(self.manifest.graphs, name))
 
+    def graph_files(self, name: str) -> list[str]:
+        """Which of the manifest's files are that graph and the data beside it."""
+        graph = str(getattr(self.manifest.graphs, name))
+        return [file for file in (graph, f"{graph}.data") if file in self.manifest.files]
+
 
 def _check_required_files(folder: Path, manifest: Manifest) -> None:
     graphs = manifest.graphs

@@ -102,7 +102,7 @@ def build_engines(
         skipped = _inputs(info.graphs, name)
         for file in opened.manifest.files:
             if not file.startswith(skipped):
-                _take(opened.path / file, writer.path(file))
+                take(opened.path / file, writer.path(file))
         built = info.model_copy(update={"built": True, "version": version, "graphs": graphs})
         engines = {**opened.manifest.engines, name: built}
         return writer.commit(opened.manifest.model_copy(update={"engines": engines, "created": ""}))
@@ -127,6 +127,9 @@ def check_machine(where: Target, info: EngineInfo) -> None:
             f"target {where.name} needs {info.library} {info.version} or newer, found {found}; on a Jetson "
             "install JetPack 7.2 (TensorRT 10.16), or run the bundle with --engine onnxruntime"
         )
+    if where.kind == "rtx":
+        # It builds for cards that aren't there.
+        return
     gpu = next(iter(driver().gpus()), None)
     if gpu is None or gpu.sm not in info.sm:
         has = "no GPU" if gpu is None else f"{gpu.name} of sm_{gpu.sm}"
@@ -143,8 +146,9 @@ def _choose(opened: Bundle, name: str | None) -> str:
         return waiting[0]
     if name is None or name not in engines:
         raise InputError(
-            f"{opened.path}: engines that wait to be built: {', '.join(waiting) or 'none'}; name one with "
-            "--target, or add one with `crab-edge export --bundle BUNDLE --target T --out NEW`"
+            f"{opened.path}: engines that wait to be built: {', '.join(waiting) or 'none'}; "
+            + ("name one with --target, or " if waiting else "")
+            + "add one with `crab-edge export --bundle BUNDLE --target T --out NEW`"
         )
     if engines[name].built:
         raise InputError(
@@ -161,7 +165,7 @@ def _inputs(graphs: dict[str, EngineGraph], name: str) -> tuple[str, ...]:
     return (f"{folder}/{KERNELS}/", f"{folder}/{FILE}", *(graph.file for graph in graphs.values()))
 
 
-def _take(source: Path, place: Path) -> None:
+def take(source: Path, place: Path) -> None:
     """The same file at another place: linked where the disk allows it, for bundles are never edited."""
     try:
         os.link(source, place)

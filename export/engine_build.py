@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def build(trt: ModuleType, job: Job) -> str:
     if not parser.parse_from_file(str(job.source)):
         said = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or log.tail()
         raise BundleError(f"{job.source}: {job.library} doesn't take it ({said}); export the target again")
-    _check_plugins(trt, network, job)
+    _check_layers(trt, network, job)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -114,8 +115,16 @@ def build(trt: ModuleType, job: Job) -> str:
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise EngineError(f"{job.source}: {job.library} can't build it: {log.tail()}; run `crab-edge doctor`")
-    job.out.write_bytes(memoryview(engine))
-    return str(trt.__version__)
+    try:
+        job.out.write_bytes(memoryview(engine))
+    except OSError as error:
+        raise EngineError(
+            f"{job.out}: the engine of {memoryview(engine).nbytes / 1e9:.2f} GB can't be written "
+            f"({error.strerror}); make room or choose another --out"
+        ) from None
+    # A suffix such as ".post1" is no part of what an engine is checked against.
+    found = re.match(r"\d+(\.\d+)*", trt.__version__)
+    return found[0] if found else "0"
 
 
 def _register(trt: ModuleType, folder: Path) -> None:
@@ -132,10 +141,20 @@ def _network_flags(trt: ModuleType, job: Job) -> int:
     return flags
 
 
-def _check_plugins(trt: ModuleType, network: Any, job: Job) -> None:
-    """Raises BundleError unless all plugin nodes became plugins: a body would have been taken silently."""
+def _check_layers(trt: ModuleType, network: Any, job: Job) -> None:
+    """Raises BundleError unless all plugin nodes became plugins and all cache updates layers in place: a body
+    would have been taken silently.
+    """
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
-    found = sum(kind == trt.LayerType.PLUGIN_V3 for kind in kinds)
+    in_place = getattr(trt.LayerType, "KV_CACHE_UPDATE", None)
+    updates = 0 if in_place is None else kinds.count(in_place)
+    if updates != len(job.graph.aliases):
+        raise BundleError(
+            f"{job.source}: {job.library} {trt.__version__} updates {updates} of {len(job.graph.aliases)} "
+            "cache tensors in place; TensorRT does so from 10.15 on: install a newer one, or run the bundle "
+            "with --engine onnxruntime"
+        )
+    found = kinds.count(trt.LayerType.PLUGIN_V3)
     if found != job.plugins:
         raise BundleError(
             f"{job.source}: {job.library} made plugins of {found} nodes, expected {job.plugins}; export the "

@@ -6,7 +6,6 @@ take that machine: the graphs, the plugins' kernels and what `crab-edge build-en
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Literal
 import onnx
 
 from crab_edge.bundle import Bundle, BundleWriter
+from crab_edge.engines._tensorrt_check import IN_PLACE, INSTALL, numbers
 from crab_edge.errors import BundleError, InputError
 from crab_edge.manifest import ENGINES, EngineGraph, EngineInfo, EngineProfile, Manifest, TensorInfo
 from crab_edge.memory import available_bytes
@@ -43,8 +43,6 @@ PREFILL, DECODE = (1, 256, 512), (1, 1, 8)
 FRAME_PATCHES = 256
 FRAMES, CHUNKS = (1, 5, 32), (1, 5, 32)
 """Pairs of frames, and two-second chunks of sound, of one pass; ten seconds are five of each."""
-IN_PLACE = "10.15"
-"""The first TensorRT whose parser makes a layer that updates the cache in place of a `TensorScatter`."""
 # Graphs below this keep their weights inside.
 _INSIDE = 64 << 20
 _DTYPES = {1: "float32", 10: "float16", 7: "int64", 6: "int32"}
@@ -123,8 +121,7 @@ def add_engines(
             say = _part(progress, number, len(targets))
             engines[one.name] = _Writing(opened, one, options, writer, say).info()
             if not engines[one.name].built:
-                command = engines[one.name].build_command
-                report(f"{one.name}: can't be built here; on {one.machine} run: {command}")
+                report(f"{one.name}: {_elsewhere(one, engines[one.name].build_command)}")
         manifest = opened.manifest.model_copy(update={"engines": engines, "created": ""})
         return writer.commit(manifest)
 
@@ -156,9 +153,10 @@ class _Writing:
                 self.say(f"{self.target.name}: rewriting the {name} graph", number / 6)
                 graphs[name] = self._rewrite(name, place)
             digests = self._package(place)
-            version = max(self.target.min_tensorrt, IN_PLACE, key=_numbers)
-            if self.target.kind == "rtx":
-                version = self.target.min_tensorrt
+            least = numbers(self.target.min_tensorrt)
+            if self.target.kind == "tensorrt":
+                least = max(least, IN_PLACE)
+            version = ".".join(map(str, least))
             if self.built:
                 version = self._build(graphs, place)
         one = self.target
@@ -271,8 +269,11 @@ def _below(bounds: tuple[int, int, int], limit: int) -> tuple[int, int, int]:
     return low, min(tuned, limit), min(high, limit)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
+def _elsewhere(one: Target, command: str) -> str:
+    """What to do about a target that this machine can't build for."""
+    if one.kind == "rtx":
+        return f"can't be built here, {one.library} isn't installed; {INSTALL[one.library]}, then: {command}"
+    return f"can't be built here; on {one.machine} run: {command}"
 
 
 def _part(progress: Progress | None, number: int, count: int) -> Progress:
@@ -286,18 +287,11 @@ def _part(progress: Progress | None, number: int, count: int) -> Progress:
 
 
 def _take_files(opened: Bundle, writer: BundleWriter, replaced: Sequence[str]) -> None:
-    """The bundle's files but the engines that are made anew: linked where the disk allows it, for bundles are
-    never edited.
-    """
+    """The bundle's files but the engines that are made anew."""
     skipped = tuple(f"{ENGINES}/{name}/" for name in replaced)
     for name in opened.manifest.files:
-        if name.startswith(skipped):
-            continue
-        place = writer.path(name)
-        try:
-            os.link(opened.path / name, place)
-        except OSError:
-            shutil.copyfile(opened.path / name, place)
+        if not name.startswith(skipped):
+            device_package.take(opened.path / name, writer.path(name))
 
 
 def _check_disk(out: Path, manifest: Manifest, estimates: Sequence[Estimate]) -> None:

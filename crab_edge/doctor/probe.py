@@ -165,13 +165,14 @@ def _tensorrt(library: str, say: Say) -> None:
         raise DependencyError(f"{library} {why}; {checks.INSTALL[library]}")
     module = importlib.import_module(library)
     say(facts={"version": found[library]})
-    if library == "tensorrt" and checks.numbers(found[library])[:2] < checks.AHEAD_OF_TIME:
+    if library == "tensorrt" and checks.numbers(found[library])[:2] < checks.IN_PLACE:
         linux = jetson_linux()
         here = f" (JetPack {jetpack(linux)})" if linux else ""
         say(
             notes=[
-                f"TensorRT {found[library]}{here} can't run plugins whose kernels lie in the engine: that "
-                "began with 10.9, JetPack 7.2 has 10.16. Here engines without plugins run, and ONNX Runtime"
+                f"TensorRT {found[library]}{here} can't build or run this program's engines, which update "
+                "their cache in place (from 10.15 on) and carry their kernels (from 10.9 on). JetPack 7.2 "
+                "has 10.16; here use --engine onnxruntime"
             ]
         )
     log = make_log(module)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
@@ -188,6 +189,8 @@ class Device:
         self.activate()
         self._driver.call("cuStreamCreate", byref(stream), _NON_BLOCKING)
         self.stream = stream.value or 0
+        self.alone = threading.Lock()
+        """Held while the stream is recorded, and by another thread that puts work into it."""
 
     def activate(self) -> None:
         """Makes the context current in the calling thread."""
@@ -240,14 +243,15 @@ class Device:
     def capture(self) -> Iterator[Graph]:
         """What the block puts into the stream is recorded, not run. The graph is ready after the block."""
         graph = Graph(self._driver, self.stream)
-        self._driver.call("cuStreamBeginCapture_v2", self.stream, _THREAD_LOCAL)
-        try:
-            yield graph
-        except BaseException:
-            with contextlib.suppress(EngineError):
-                graph.abandon()
-            raise
-        graph.finish()
+        with self.alone:
+            self._driver.call("cuStreamBeginCapture_v2", self.stream, _THREAD_LOCAL)
+            try:
+                yield graph
+            except BaseException:
+                with contextlib.suppress(EngineError):
+                    graph.abandon()
+                raise
+            graph.finish()
 
     def close(self) -> None:
         """Gives up stream and context. Memory of the context is freed by its own `free`, before this."""
@@ -255,6 +259,8 @@ class Device:
             self.activate()
             self._driver.call("cuStreamDestroy_v2", self.stream)
             self.stream = 0
+            # It may end with the last one who uses it; nobody may find it current then.
+            self._driver.call("cuCtxSetCurrent", None)
             self._driver.call("cuDevicePrimaryCtxRelease_v2", self._handle.value)
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 AHEAD_OF_TIME = (10, 9)
 """The first TensorRT that runs kernels which lie compiled in an engine."""
+IN_PLACE = (10, 15)
+"""The first TensorRT that updates a key/value cache in place, as every decoder engine here does."""
 PTX_DRIVER = (12, 5)
 """The first CUDA release whose drivers compile the PTX of the plugins' kernels (ISA 8.5)."""
 INSTALL = {

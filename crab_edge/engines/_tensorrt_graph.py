@@ -110,6 +110,8 @@ class EngineFile:
         self._captures = graphs and not self._own_graphs and not self._on_host
         self._kernels = kernels
         self._kernel_cache: Any = None
+        self._kept = b""
+        self._ran: set[int] = set()
         self._contexts = [self._context(index) for index in range(len(spec.profiles))]
         self._memory: dict[str, Memory] = {}
         self._host: dict[str, NDArray[Any]] = {}
@@ -120,8 +122,11 @@ class EngineFile:
         self.capture_failed = f"{self._on_host[0]} is read by the CPU" if graphs and self._on_host else ""
 
     def _deserialise(self, path: Path) -> Any:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            engine = self._runtime.deserialize_cuda_engine(data) if self._valid(data) else None
+        try:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                engine = self._runtime.deserialize_cuda_engine(data) if self._valid(data) else None
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path}: can't be read ({error}); {self._rebuild}") from None
         if engine is None:
             raise explain(
                 f"{path}: {self._library.__name__} can't open the engine", self._log.take(), self._build
@@ -153,9 +158,10 @@ class EngineFile:
             context = self._engine.create_execution_context(config)
         else:
             context = self._engine.create_execution_context(strategy)
-        if context is None or not context.set_optimization_profile_async(index, self._device.stream):
-            raise self._refused(f"profile {self.spec.profiles[index].name} can't be opened")
-        self._device.synchronize()
+        with self._device.alone:
+            if context is None or not context.set_optimization_profile_async(index, self._device.stream):
+                raise self._refused(f"profile {self.spec.profiles[index].name} can't be opened")
+            self._device.synchronize()
         return context
 
     def _share_kernels(self, config: Any) -> None:
@@ -164,21 +170,24 @@ class EngineFile:
             self._kernel_cache = config.create_runtime_cache()
             if self._kernels is not None:
                 with contextlib.suppress(OSError):
-                    self._kernel_cache.deserialize(self._kernels.read_bytes())
+                    self._kept = self._kernels.read_bytes()
+                    self._kernel_cache.deserialize(self._kept)
         config.set_runtime_cache(self._kernel_cache)
 
     def save_kernels(self) -> None:
         """Keeps what TensorRT-RTX has compiled for the next run; that it can't be written costs time only."""
         if self._kernel_cache is None or self._kernels is None:
             return
-        content = self._kernel_cache.serialize()
-        if content is None:
+        made = self._kernel_cache.serialize()
+        content = b"" if made is None else bytes(memoryview(made))
+        if content in (b"", self._kept):
             return
         temporary = self._kernels.with_name(f"{self._kernels.name}.{os.getpid()}")
         try:
             self._kernels.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(bytes(memoryview(content)))
+            temporary.write_bytes(content)
             os.replace(temporary, self._kernels)
+            self._kept = content
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -209,8 +218,9 @@ class EngineFile:
             self._reserve(tensor, shape)
             if tensor.name in self._resident:
                 # Values that were never written must at least be numbers: they are masked, not skipped.
-                self._device.zero(self._memory[tensor.name])
-        self._device.synchronize()
+                with self._device.alone:
+                    self._device.zero(self._memory[tensor.name])
+                    self._device.synchronize()
 
     def _largest(self, tensor: TensorInfo) -> tuple[int, ...] | None:
         sizes = []
@@ -268,6 +278,10 @@ class EngineFile:
             self._device.synchronize()
         except EngineError as error:
             raise type(error)(f"{self._what}: {error}") from error
+        if index not in self._ran:
+            # Nobody need close an engine: what the first pass of a profile compiled is kept at once.
+            self._ran.add(index)
+            self.save_kernels()
         return {
             tensor.name: self._view(tensor, shape).astype(np.float32, copy=False) for tensor, shape in outputs
         }
@@ -300,7 +314,7 @@ class EngineFile:
         try:
             with self._device.capture() as graph:
                 self._enqueue(index, shapes, outputs)
-        except EngineError as error:
+        except CrabError as error:
             self._captures, self.capture_failed = False, str(error)
             self._forget_graphs()
             self._enqueue(index, shapes, outputs)
@@ -308,12 +322,14 @@ class EngineFile:
         self._captured[key] = graph
         graph.launch()
 
-    def _forget_graphs(self) -> None:
-        """Recorded passes hold addresses: when memory moves they are recorded anew."""
-        for graph in self._captured.values():
+    def _forget_graphs(self, context: int | None = None) -> None:
+        """Recorded passes hold addresses, and the state of their context: when memory moves or the context's
+        shapes change (then that one's alone) they are recorded anew.
+        """
+        for key in [key for key in self._captured if context in (None, key[0])]:
+            graph = self._captured.pop(key)
             if graph is not None:
                 graph.free()
-        self._captured.clear()
 
     def _axes(self, values: Mapping[str, NDArray[Any]]) -> dict[str, int]:
         """Sizes of the named axes, from the arrays; EngineError where an array doesn't fit its tensor."""
@@ -366,6 +382,7 @@ class EngineFile:
                     raise self._refused(f"{tensor.name} can't be bound")
         for name, shape in shapes.items():
             if known.get(name) != shape:
+                self._forget_graphs(index)
                 if not context.set_input_shape(name, shape):
                     raise self._refused(f"{name} can't have shape {list(shape)}")
                 known[name] = shape

@@ -217,7 +217,7 @@ def _short_of_memory(bundle: Bundle, provider: providers.Provider) -> bool:
         available = device.memory()[0]
         device.close()
     files = bundle.manifest.files
-    held = sum(info.size for name, info in files.items() if name.endswith((".onnx", ".data")))
+    held = sum(files[file].size for name in GRAPHS for file in bundle.graph_files(name))
     return available is not None and held * PACKED > available
 
 
@@ -264,7 +264,7 @@ def _open(
         session = onnxruntime.InferenceSession(model or str(path), options, providers=wanted or None)
     except Exception as error:
         raise _unopened(path, error, provider) from error
-    page_out(bundle.path, [file for file in bundle.manifest.files if file.endswith(".data")])
+    page_out(bundle.path, bundle.graph_files(name))
     providers.assert_runs(provider, session, path)
     return session
 

@@ -115,13 +115,18 @@ class TensorRTEngine:
         with self._lock:
             closing = [self._files.pop(name) for name in names or GRAPHS if name in self._files]
         self._device.activate()
+        failed = [error for future in closing if (error := future.exception()) is not None]
         for future in closing:
-            future.result().close()
+            if future.exception() is None:
+                future.result().close()
         if closing:
             # What it was sized for is gone; the next pass takes what its own engine needs.
             self._scratch.free()
         if not names:
             self.length = 0
+        if failed:
+            # Of one that was still being opened; it mayn't be lost on the way.
+            raise failed[0]
 
     def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Patches float32 [T*256, 1176] -> embeddings float32 [T*64, H].

@@ -131,7 +131,7 @@ def test_tensorrt_builds_and_runs_a_node(monkeypatch, tmp_path):
         probe._tensorrt("tensorrt", said)
     assert "an engine of one node in" in said.facts()["kernel"] and "8.9" in said.facts()["device"]
     (note,) = [note for report in said for note in report.get("notes", [])]
-    assert "10.3.0" in note and "ONNX Runtime" in note
+    assert "10.3.0" in note and "10.15" in note and "--engine onnxruntime" in note
 
 
 def sum_engine(folder, module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -145,6 +146,19 @@ def test_the_machine_must_be_the_target_s(tmp_path, monkeypatch, found, gpus, er
         device_package.check_machine(target(ORIN), info)
 
 
+def test_tensorrt_rtx_is_built_without_its_gpu(tmp_path, monkeypatch):
+    from crab_edge.engines import _cuda, _tensorrt_check
+
+    info = Bundle.open(packaged(tmp_path)).manifest.engines[ORIN]
+    info = info.model_copy(update={"kind": "rtx", "library": "tensorrt_rtx", "version": "1.0", "sm": [89]})
+    monkeypatch.setattr(_tensorrt_check, "installed", lambda: ({"tensorrt_rtx": "1.7.1"}, {}))
+    monkeypatch.setattr(_cuda, "driver", lambda: pytest.fail("asked for a GPU"))
+    device_package.check_machine(target("rtx-sm89"), info)
+    monkeypatch.setattr(_tensorrt_check, "installed", lambda: ({}, {}))
+    with pytest.raises(DependencyError, match=r"crab-edge\[rtx\]"):
+        device_package.check_machine(target("rtx-sm89"), info)
+
+
 def small_graph(path) -> None:
     graph = GraphBuilder("small")
     graph.input("x", FLOAT16, [1, "S", 8])
@@ -179,6 +193,11 @@ def test_one_builder_for_both_libraries(tmp_path):
     assert version.count(".") >= 2 and (tmp_path / "small.engine").stat().st_size > 1000
     with pytest.raises(BundleError, match=r"made plugins of 0 nodes, expected 3"):
         build_apart(job(tmp_path, plugins=3))
+    # A parser that took the body of a cache update, which copies the cache.
+    copying = job(tmp_path)
+    aliased = copying.graph.model_copy(update={"aliases": {"present.0.key": "past.0.key"}})
+    with pytest.raises(BundleError, match=rf"tensorrt_rtx {version} updates 0 of 1 cache tensors in place"):
+        build_apart(dataclasses.replace(copying, graph=aliased))
     kernels().write(tmp_path / "kernels")
     with pytest.raises(DependencyError, match="TensorRT-RTX has no plugins"):
         build_apart(job(tmp_path, kernels=tmp_path / "kernels"))

@@ -1,6 +1,7 @@
 """`crab-edge export --target`: engines built here without a GPU, and packages for other machines."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_the_manifest_says_what_a_runtime_binds(nano):
     }
 
 
-def test_4_bit_weights_stay_4_bit_in_the_engine(nano, tmp_path):
+def test_low_bit_weights_stay_low_bit_in_the_engine(nano, tmp_path):
     """Every low-bit weight's own bytes are in the engine file, so none was made wider."""
     graph = GraphBuilder("decoder")
     rewrite_decoder(Source(default_bundle() / "decoder.onnx"), graph, Products(), 1024)
@@ -80,6 +81,15 @@ def test_4_bit_weights_stay_4_bit_in_the_engine(nano, tmp_path):
     blobs = dict(int4_blobs(tmp_path / "decoder.onnx"))
     assert len(blobs) == 7 * nano.manifest.model.layers
     assert [name for name, blob in blobs.items() if blob not in engine] == []
+    # 8 bits stay K before N; odd widths are padded in between.
+    arrays = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(str(tmp_path / "decoder.onnx")).graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8
+    }
+    even = {name: codes for name, codes in arrays.items() if codes.shape[1] % 2 == 0}
+    assert "lm_head.weight" in even and len(even) == nano.manifest.model.layers + 1
+    assert [name for name, codes in even.items() if codes.tobytes() not in engine] == []
 
 
 def test_the_layers_of_the_network(tmp_path):
@@ -140,6 +150,15 @@ def test_a_target_of_another_machine_gets_everything_but_the_engine(
     ((names, sm),) = uncompiled
     assert sm == 87 and any(name.startswith("ILoRALinearBias") for name in names)
     assert (bundle.path / "engines/jetson-orin/build.json").is_file()
+
+
+def test_what_waits_for_tensorrt_rtx_says_how_to_install_it(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt_engines.Target, "builds_here", lambda self: False)
+    said = []
+    path = add_engines(tiny_bundle, tmp_path / "out", EngineOptions(("rtx",), 256), report=said.append)
+    assert re.search(r"pip install 'crab-edge\[rtx\]'.*crab-edge build-engine BUNDLE --target rtx", said[-1])
+    info = Bundle.open(path).manifest.engines["rtx"]
+    assert not info.built and info.version == "1.0"
 
 
 def test_the_plugins_file_gives_the_same_answer(tiny_bundle, tmp_path, uncompiled):

@@ -40,7 +40,7 @@ int cuDeviceGetAttribute(int *out, int name, int device) {
 int cuDeviceTotalMem_v2(size_t *out, int device) { *out = 5ULL << 30; return device != 7; }
 int cuDevicePrimaryCtxRetain(void **out, int device) { *out = (void *)0x7fff00000001; return device != 7; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return device != 7; }
-int cuCtxSetCurrent(void *context) { return context != (void *)0x7fff00000001; }
+int cuCtxSetCurrent(void *context) { return context && context != (void *)0x7fff00000001; }
 int cuMemGetInfo_v2(size_t *free, size_t *total) { *free = 3ULL << 30; *total = 5ULL << 30; return 0; }
 int cuMemAlloc_v2(ptr *out, size_t size) {
     if (size > (size_t)limit) return 2;

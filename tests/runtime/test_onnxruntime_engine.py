@@ -9,6 +9,7 @@ from crab_edge import engines
 from crab_edge.bundle import Bundle
 from crab_edge.engines import onnxruntime as module
 from crab_edge.errors import BundleError, DependencyError, EngineError
+from crab_edge.manifest import FileInfo
 from crab_edge.session import Model, load
 from tests import media
 
@@ -134,6 +135,18 @@ def test_encoders_close_where_memory_is_short(bundle, monkeypatch):
     for available, expected in ((10_000, True), (10**12, False), (None, False)):
         monkeypatch.setattr(module, "available_bytes", lambda available=available: available)
         assert engines.create("onnxruntime", bundle).low_memory == expected
+
+
+def test_engines_of_another_library_do_not_count_as_memory(bundle, monkeypatch):
+    """A package for a Jetson has graphs with data beside them; this engine opens none of it."""
+    files = bundle.manifest.files
+    graphs = [f"{name}{end}" for name in module.GRAPHS for end in (".onnx", ".onnx.data")]
+    held = sum(files[name].size for name in graphs if name in files)
+    monkeypatch.setattr(module, "available_bytes", lambda: int(held * module.PACKED) + 1)
+    large = FileInfo(size=1 << 40, sha256="0" * 64)
+    package = {f"engines/jetson-orin/{name}": large for name in ("decoder.onnx", "decoder.onnx.data")}
+    changed = bundle.manifest.model_copy(update={"files": {**files, **package}})
+    assert not engines.create("onnxruntime", Bundle(bundle.path, changed), threads=1).low_memory
 
 
 def test_a_closed_engine_opens_again(engine, tokens):

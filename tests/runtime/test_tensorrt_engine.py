@@ -82,6 +82,19 @@ def test_steps_are_captured_once_and_replayed(bundle, engine, driver, reference)
     assert engine.describe()["cuda_graph"] == "yes" and engine.length == 40
 
 
+def test_a_recorded_step_does_not_outlive_its_context_s_shapes(bundle, engine, driver, reference):
+    """A context whose shapes changed mayn't run what was recorded of it before (NVIDIA: undefined)."""
+    embeds, positions = made_up(bundle, 8)
+    reference.rewind(0)
+    for begin, end, launches in ((0, 1, 0), (1, 2, 1), (2, 3, 2), (3, 5, 2), (5, 6, 2), (6, 7, 3), (7, 8, 4)):
+        part = slice(begin, end)
+        step = engine.forward(embeds[:, part], positions[..., part])
+        close(step, reference.forward(embeds[:, part], positions[..., part]))
+        assert driver.launches == launches
+    assert driver.calls.count("cuStreamBeginCapture_v2") == 2
+    assert driver.calls.count("cuGraphExecDestroy") == 1
+
+
 def test_a_long_prompt_goes_through_the_largest_profile_in_parts(bundle, engine, library, reference):
     embeds, positions = made_up(bundle, 600)
     reference.rewind(0)
@@ -195,9 +208,12 @@ def test_tensorrt_rtx_captures_by_itself_and_keeps_its_kernels(tmp_path, monkeyp
     strategy = fake_tensorrt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     assert all(context.how.cuda_graph_strategy is strategy for context in decoder._contexts)
     assert len({id(context.how.cache) for context in decoder._contexts}) == 1
-    engine.close()
+    # Before anyone closes it: a command that ends doesn't.
     (kernels,) = (tmp_path / "cache" / "crab-edge" / "kernels").iterdir()
     assert kernels.read_bytes() == b"compiled"
+    written = kernels.stat().st_mtime_ns
+    engine.close()
+    assert kernels.stat().st_mtime_ns == written
     described = engine.describe()
     assert described["provider"] == "tensorrt_rtx" and described["target"] == "rtx"
 
