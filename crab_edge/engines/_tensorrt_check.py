@@ -24,7 +24,9 @@ AHEAD_OF_TIME = (10, 9)
 IN_PLACE = (10, 15)
 """The first TensorRT that updates a key/value cache in place, as every decoder engine here does."""
 PTX_DRIVER = (12, 5)
-"""The first CUDA release whose drivers compile the PTX of the plugins' kernels (ISA 8.5)."""
+PTX_DRIVER_OF = {110: (13, 0), 120: (12, 8)}
+"""The first CUDA release whose drivers compile the PTX of the plugins' kernels: ISA 8.5, and for some compute
+capabilities 9.0 and 8.7 (`crab_edge.ilora.triton_compile.ARCHITECTURES`)."""
 INSTALL = {
     "tensorrt": "on a Jetson it comes with JetPack (make the environment with `--system-site-packages`), "
     "elsewhere run `pip install 'crab-edge[tensorrt]'`",
@@ -146,7 +148,9 @@ def _check_card(target: str, info: EngineInfo, machine: Machine) -> None:
 
 
 def _check_plugins(target: str, info: EngineInfo, actual: str, driver: tuple[int, int], rebuild: str) -> None:
-    names = ", ".join(sorted(info.plugins))
+    # A plugin is a kernel of one shape: even a small model has dozens.
+    names = ", ".join(sorted(info.plugins)[:2])
+    names += f" and {len(info.plugins) - 2} more" if len(info.plugins) > 2 else ""
     if info.library == "tensorrt_rtx":
         raise BundleError(
             f"target {target}: its engine has plugins ({names}), which tensorrt_rtx can't run; {rebuild}"
@@ -157,10 +161,11 @@ def _check_plugins(target: str, info: EngineInfo, actual: str, driver: tuple[int
             f"runs from {'.'.join(map(str, AHEAD_OF_TIME))} on, but {actual} is installed (JetPack 6.2 has "
             "10.3); update JetPack, or use --engine onnxruntime"
         )
-    if driver < PTX_DRIVER:
+    least = max(PTX_DRIVER_OF.get(sm, PTX_DRIVER) for sm in info.sm)
+    if driver < least:
         raise DeviceError(
             f"target {target}: its plugins' kernels ({names}) need a driver for CUDA "
-            f"{PTX_DRIVER[0]}.{PTX_DRIVER[1]} or newer, and this one supports {driver[0]}.{driver[1]}; "
+            f"{least[0]}.{least[1]} or newer, and this one supports {driver[0]}.{driver[1]}; "
             "update the NVIDIA driver (Jetson: JetPack)"
         )
 

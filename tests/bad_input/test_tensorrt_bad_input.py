@@ -116,6 +116,12 @@ def test_an_engine_that_fits_is_chosen(bundle):
             DeviceError,
             ["crab::ILoRARoute", "CUDA 12.5", "supports 12.2"],
         ),
+        (
+            {"plugins": {f"kernel {i}": "0" * 64 for i in range(5)}, "sm": [110]},
+            machine([gpu(sm=110, name="Thor")], driver=(12, 9)),
+            DeviceError,
+            ["kernel 0, kernel 1 and 3 more", "CUDA 13.0", "supports 12.9"],
+        ),
     ],
 )
 def test_the_manifest_says_why_not(bundle, changes, here, error, words):
