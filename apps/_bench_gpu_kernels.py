@@ -31,11 +31,7 @@ def on_device(stored: Stored) -> tuple[Tensor, Tensor]:
 
     Gigabytes would take minutes there. `check_layout` holds the two together.
     """
-    q = stored.q
-    if stored.bits == 4:
-        half = stored.block // 2
-        codes = torch.stack((q & 15, q >> 4), dim=-1).flatten(2)
-        q = codes[..., :half] | (codes[..., half:] << 4)
+    q = torch_ops.split_halves(stored.q, stored.block) if stored.bits == 4 else stored.q
     return q.contiguous(), stored.scales.half().t().contiguous().t()
 
 

@@ -120,4 +120,7 @@ def footer(model: Model, seconds: float) -> None:
     console = _console()
     console.print()
     described = model.engine.describe()
-    console.print(f"[dim]{seconds:.1f} s in all, {model.bundle.identity} on {described['name']}[/dim]")
+    # ONNX Runtime on the CPU is what people expect; anything else is worth a word, a missing GPU above all.
+    provider = described.get("provider", "CPUExecutionProvider")
+    where = described["name"] + ("" if provider == "CPUExecutionProvider" else f", {provider}")
+    console.print(f"[dim]{seconds:.1f} s in all, {model.bundle.identity} on {where}[/dim]")

@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,26 +60,40 @@ class GpuWeight:
 
 def gpu_layout(t: QTensor) -> Layout:
     """Codes [N, K/block, block*bits/8] and scales [K/block, N] (transposed, contiguous) for the kernels."""
-    q = t.q
-    if t.bits == 4:
-        half = t.block // 4
-        columns = np.empty((*q.shape[:2], t.block), np.uint8)
-        columns[..., 0::2], columns[..., 1::2] = q & 15, q >> 4
-        q = columns[..., : 2 * half] | (columns[..., 2 * half :] << 4)
-    with np.errstate(over="ignore"):
-        half_scales = t.scales.astype(np.float16)
-    lost = np.abs(half_scales.astype(np.float32) - t.scales).max(axis=1, initial=0)
-    fits = (lost <= t.scales.max(axis=1, initial=0) * 2.0**-11).all()
-    scales = half_scales if fits else t.scales
-    return Layout(np.ascontiguousarray(q), np.ascontiguousarray(scales.T))
+    q = split_halves(_tensor(t.q), t.block).numpy() if t.bits == 4 else t.q
+    return Layout(np.ascontiguousarray(q), np.ascontiguousarray(_scales(t).T))
 
 
 def prepare(t: QTensor, device: torch.device | str) -> GpuWeight:
-    """The weight in the kernels' layout on `device`."""
-    layout = gpu_layout(t)
-    q = torch.from_numpy(layout.q).to(device)
-    scales = torch.from_numpy(layout.scales).to(device).t()
-    return GpuWeight(q, scales, t.bits, t.block, t.shape)
+    """The weight as `gpu_layout` has it, on `device`, where the codes are put in order: a GPU does so at the
+    speed of its memory, one core at a hundredth of it.
+    """
+    q = _tensor(t.q).to(device)
+    q = split_halves(q, t.block) if t.bits == 4 else q
+    scales = torch.from_numpy(np.ascontiguousarray(_scales(t).T)).to(device).t()
+    return GpuWeight(q.contiguous(), scales, t.bits, t.block, t.shape)
+
+
+def split_halves(q: Tensor, block: int) -> Tensor:
+    """4-bit codes [N, K/block, block/2]: bytes of two neighbours -> bytes of one code from each half of the
+    block, the earlier half's in the low bits.
+    """
+    codes = torch.stack((q & 15, q >> 4), dim=-1).flatten(2)
+    return codes[..., : block // 2] | (codes[..., block // 2 :] << 4)
+
+
+def _scales(t: QTensor) -> NDArray[np.floating]:
+    """[N, K/block]: float16, or float32 where a row would lose more than 2^-11 of its largest scale."""
+    with np.errstate(over="ignore"):
+        half = t.scales.astype(np.float16)
+    lost = np.abs(half.astype(np.float32) - t.scales).max(axis=1, initial=0)
+    fits = (lost <= t.scales.max(axis=1, initial=0) * 2.0**-11).all()
+    return half if fits else t.scales
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """The array as a tensor; mapped files are read-only, and torch would warn of that."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def dequantize(q: Tensor, scales: Tensor, bits: int, block: int) -> Tensor:
