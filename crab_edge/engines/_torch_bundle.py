@@ -6,15 +6,14 @@ must give; activations are never rounded to int8, so a bundle of accuracy level 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from crab_edge.engines import _torch_device as devices
+from crab_edge.engines._opening import GRAPHS, Opening
 from crab_edge.engines._torch_cache import Cache, Chunk
 from crab_edge.engines._torch_decoder import Decoder
 from crab_edge.engines._torch_step import Stepper
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from crab_edge.bundle import Bundle
     from crab_edge.engines import Tracer
 
-GRAPHS = ("decoder", "audio", "vision")
 FRAMES = 200
 
 
@@ -57,8 +55,7 @@ class TorchBundleEngine:
         self._bundle, self._model = bundle, bundle.manifest.model
         self._asked = device
         self.low_memory = self._short_of_memory() if low_memory is None else low_memory
-        self._parts: dict[str, Future[Any]] = {}
-        self._lock = threading.Lock()
+        self._graphs = Opening(self._load)
         self._cache: Cache | None = None
         self._step: Stepper | None = None
         self.length = 0
@@ -69,9 +66,8 @@ class TorchBundleEngine:
         return free is not None and sum(self._graph_bytes(name) for name in GRAPHS) > free
 
     def _graph_bytes(self, name: str) -> int:
-        manifest = self._bundle.manifest
-        files, graph = manifest.files, str(getattr(manifest.graphs, name))
-        return sum(files[part].size for part in (graph, f"{graph}.data") if part in files)
+        files = self._bundle.manifest.files
+        return sum(files[part].size for part in self._bundle.graph_files(name))
 
     def warm(self, *, vision: bool = True, audio: bool = True) -> None:
         """Starts loading the decoder and the towers named, each in a thread of its own.
@@ -80,26 +76,7 @@ class TorchBundleEngine:
         """
         for name, wanted in (("decoder", not self.low_memory), ("audio", audio), ("vision", vision)):
             if wanted:
-                self._start(name, threaded=True)
-
-    def _start(self, name: str, *, threaded: bool) -> Future[Any]:
-        with self._lock:
-            future = self._parts.get(name)
-            if future is not None:
-                return future
-            future = self._parts[name] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(self._load(name))
-            except BaseException as error:
-                future.set_exception(error)
-
-        if threaded:
-            threading.Thread(target=run, name=f"load-{name}").start()
-        else:
-            run()
-        return future
+                self._graphs.start(name)
 
     def _load(self, name: str) -> Any:
         reader = GraphReader(self._bundle.graph(name), self.device, self.dtype)
@@ -111,28 +88,19 @@ class TorchBundleEngine:
             return Vision(reader) if name == "vision" else Audio(reader)
 
     def _part(self, name: str) -> Any:
-        future = self._start(name, threaded=False)
         try:
-            return future.result()
+            return self._graphs.get(name)
         except BaseException:
             # The next use tries again: memory may be free by then.
-            with self._lock:
-                self._parts.pop(name, None)
+            self._graphs.forget(name)
             raise
 
     def close(self, *names: str) -> None:
         """Drops these graphs (default: all, with the cache) and gives their memory back."""
-        with self._lock:
-            closing = [self._parts.pop(name) for name in names or GRAPHS if name in self._parts]
-        for future in closing:
-            # One that is still being loaded can't be dropped; nor may its error be lost on the way.
-            error = future.exception()
-            if error is not None:
-                raise error
+        dropped = self._graphs.drop(names)
         if not names or "decoder" in names:
             self._forget()
-        if closing and self.device.type == "cuda":
-            del closing, future
+        if dropped and self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _forget(self) -> None:

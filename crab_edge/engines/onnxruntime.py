@@ -8,14 +8,13 @@ they lie on the device, and only a step's inputs and logits cross over.
 from __future__ import annotations
 
 import os
-import threading
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from crab_edge.engines import _onnxruntime_provider as providers
+from crab_edge.engines._opening import GRAPHS, Opening
 from crab_edge.errors import BundleError, CrabError, DependencyError, EngineError, InputError
 from crab_edge.manifest import COPY_AGAIN
 from crab_edge.memory import available_bytes, give_back, page_out
@@ -30,7 +29,6 @@ VARIANT = "provider"
 """What stands behind the colon of `onnxruntime:cuda`."""
 CPU = providers.PROVIDERS["cpu"]
 FIRST_CAPACITY = 1024
-GRAPHS = ("decoder", "audio", "vision")
 # What ONNX Runtime's CPU kernels make of a byte of low-bit weights, with their block sums.
 PACKED = 1.25
 
@@ -83,8 +81,7 @@ class OnnxRuntimeEngine:
         self.low_memory = low_memory
         self._model = bundle.manifest.model
         self._threads = threads or cpu_count()
-        self._sessions: dict[str, Future[Any]] = {}
-        self._lock = threading.Lock()
+        self._graphs = Opening(self._open)
         self._cache: _Cache | None = None
         self.length = 0
 
@@ -95,44 +92,18 @@ class OnnxRuntimeEngine:
         """
         for name, wanted in (("decoder", not self.low_memory), ("audio", audio), ("vision", vision)):
             if wanted:
-                self._start(name, threaded=True)
+                self._graphs.start(name)
 
-    def _start(self, name: str, *, threaded: bool) -> Future[Any]:
-        with self._lock:
-            future = self._sessions.get(name)
-            if future is not None:
-                return future
-            future = self._sessions[name] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(_open(self._bundle, name, self._threads, provider=self._provider))
-            except BaseException as error:
-                future.set_exception(error)
-
-        if threaded:
-            # No daemon: ONNX Runtime aborts the process when it ends under a session that is being opened.
-            threading.Thread(target=run, name=f"open-{name}").start()
-        else:
-            run()
-        return future
+    def _open(self, name: str) -> Any:
+        return _open(self._bundle, name, self._threads, provider=self._provider)
 
     def close(self, *names: str) -> None:
         """Closes these graphs (default: all, with the cache) and gives their memory back."""
-        with self._lock:
-            closing = [self._sessions.pop(name) for name in names or GRAPHS if name in self._sessions]
-        for future in closing:
-            # One that is still being opened can't be closed; nor may its error be lost on the way.
-            if future.exception() is not None:
-                raise future.exception()  # type: ignore[misc]
+        dropped = self._graphs.drop(names)
         if not names:
             self._cache, self.length = None, 0
-        if closing:
-            del closing, future
+        if dropped:
             give_back()
-
-    def _session(self, name: str) -> Any:
-        return self._start(name, threaded=False).result()
 
     def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Patches float32 [T*256, 1176] -> embeddings float32 [T*64, H]."""
@@ -145,7 +116,7 @@ class OnnxRuntimeEngine:
         return self._checked("audio", out, None)
 
     def _run(self, name: str, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-        session = self._session(name)
+        session = self._graphs.get(name)
         try:
             (out,) = session.run(["embeddings"], inputs)
         except Exception as error:
@@ -174,7 +145,7 @@ class OnnxRuntimeEngine:
         if self.low_memory:
             self.close("vision", "audio")
         if self._cache is None:
-            self._cache = _Cache(self._session("decoder"), self._bundle, self._provider)
+            self._cache = _Cache(self._graphs.get("decoder"), self._bundle, self._provider)
         self._cache.reserve(total, self.length)
         logits = self._cache.run(embeds, position_ids, total)
         self.length = total

@@ -16,6 +16,7 @@ import numpy as np
 
 from crab_edge.engines import _cuda, _tensorrt_probe
 from crab_edge.engines import _tensorrt_check as checks
+from crab_edge.engines._opening import GRAPHS
 from crab_edge.engines._tensorrt_graph import EngineFile, Scratch
 from crab_edge.errors import BundleError, EngineError, InputError
 from crab_edge.manifest import COPY_AGAIN
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 VARIANT = "target"
 """What stands behind the colon of `tensorrt:rtx`."""
-GRAPHS = ("decoder", "audio", "vision")
 PATCHES = 256
 """Rows of `pixel_values` that belong to one pair of frames and go through the encoder together."""
 _SPARE = 1.2

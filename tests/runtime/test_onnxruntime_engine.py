@@ -107,13 +107,13 @@ def test_towers(engine, bundle):
 
 
 def test_graphs_open_only_when_needed(engine, bundle):
-    assert engine._sessions == {}
+    assert engine._graphs.names() == set()
     engine.audio(np.zeros((1, bundle.features.n_mels, 200), np.float32), np.array([200]))
-    assert set(engine._sessions) == {"audio"}
+    assert engine._graphs.names() == {"audio"}
     engine.warm(vision=False, audio=True)
-    assert set(engine._sessions) == {"audio", "decoder"}
+    assert engine._graphs.names() == {"audio", "decoder"}
     engine.warm()
-    assert all(future.result(timeout=30) for future in engine._sessions.values())
+    assert all(engine._graphs.start(name).result(timeout=30) for name in engine._graphs.names())
 
 
 def test_encoders_close_before_the_decoder_opens(bundle, tokens):
@@ -121,10 +121,10 @@ def test_encoders_close_before_the_decoder_opens(bundle, tokens):
     small = engines.create("onnxruntime", bundle, threads=1, low_memory=True)
     chunks = np.zeros((1, bundle.features.n_mels, 200), np.float32)
     small.warm()
-    assert set(small._sessions) == {"audio", "vision"}
+    assert small._graphs.names() == {"audio", "vision"}
     heard = small.audio(chunks, np.array([200]))
     said = small.forward(embeds, positions).copy()
-    assert set(small._sessions) == {"decoder"}
+    assert small._graphs.names() == {"decoder"}
     close(small.audio(chunks, np.array([200])), heard)
     kept = engines.create("onnxruntime", bundle, threads=1, low_memory=False)
     close(kept.forward(embeds, positions), said)
@@ -153,7 +153,7 @@ def test_a_closed_engine_opens_again(engine, tokens):
     embeds, positions = tokens
     first = engine.forward(embeds, positions).copy()
     engine.close()
-    assert engine.length == 0 and engine._sessions == {}
+    assert engine.length == 0 and engine._graphs.names() == set()
     close(engine.forward(embeds, positions), first)
 
 

@@ -141,20 +141,20 @@ def test_graphs_are_loaded_once_and_dropped(bundle, tokens):
     small = engines.create("torch", bundle, device="cpu", low_memory=True)
     mel = np.zeros((1, bundle.features.n_mels, 200), np.float32)
     small.warm(vision=False)
-    assert set(small._parts) == {"audio"}
+    assert small._graphs.names() == {"audio"}
     heard = small.audio(mel, np.array([200]))
     said = small.forward(*tokens).copy()
-    assert set(small._parts) == {"decoder"}
+    assert small._graphs.names() == {"decoder"}
     close(small.audio(mel, np.array([200])), heard)
     kept = engines.create("torch", bundle, device="cpu")
     assert not kept.low_memory
     kept.warm()
-    futures = dict(kept._parts)
+    futures = {name: kept._graphs.start(name) for name in kept._graphs.names()}
     assert set(futures) == {"decoder", "audio", "vision"}
     close(kept.forward(*tokens), said)
-    assert kept._parts == futures
+    assert {name: kept._graphs.start(name) for name in kept._graphs.names()} == futures
     kept.close()
-    assert kept.length == 0 and kept._parts == {}
+    assert kept.length == 0 and kept._graphs.names() == set()
     close(kept.forward(*tokens), said)
 
 
