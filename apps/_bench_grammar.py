@@ -1,4 +1,4 @@
-"""What `--grammar` costs for each token: the choice of a token with and without it, the model left out."""
+"""What holding answers to their form costs for each token: its choice with and without, no model run."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _seconds(action: Any) -> float:
 def show(result: dict[str, Any]) -> None:
     """The result as a few lines for the terminal."""
     print(
-        f"--grammar, for each token (model left out, {result['vocabulary']} ids): without "
+        f"the grammar, for each token (model left out, {result['vocabulary']} ids): without "
         f"{result['plain_s'] * 1e6:.0f} us; tokenizer read once in {result['ready_s'] * 1e3:.0f} ms"
     )
     for row in result["tasks"]:

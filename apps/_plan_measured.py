@@ -27,7 +27,7 @@ engine = engines.create("onnxruntime", bundle, low_memory=sys.argv[2] == "low")
 media = sys.argv[4] or sample_clip()
 session = crab_edge.load(bundle, engine).open(media, max_minutes=None)
 options = json.loads(sys.argv[5])
-answer = session.ask(task=sys.argv[3], max_new_tokens=16, **options)
+answer = session.ask(task=sys.argv[3], max_new_tokens=16, grammar=False, **options)
 spent = answer.timings
 record = {"peak": peak_bytes(), "prompt": spent.prompt_tokens, "answer": spent.tokens}
 print(json.dumps(record | {"seconds": session.clip.duration_s}))

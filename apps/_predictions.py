@@ -97,7 +97,7 @@ def run_split(
     path: Path,
     advance: Callable[[], None] = lambda: None,
     *,
-    grammar: bool = False,
+    grammar: bool = True,
 ) -> PredictionFile:
     """Ask the model every record of a list that has no answer in `path` yet.
 
@@ -141,12 +141,14 @@ def _open(model: Any, record: TestRecord) -> Any:
 
 def _ask(session: Any, record: TestRecord, started: float, grammar: bool) -> Row:
     task = tasks.get(record.task)
-    options = {**_part(record), **({"grammar": True} if grammar else {})}
-    answer = session.ask(record.question, task=task.name, **options)
+    options = _part(record)
+    answer = session.ask(record.question, task=task.name, grammar=grammar, **options)
     duration = float(session.clip.duration_s)
     own: Row = {"seconds": time.perf_counter() - started, "duration_s": duration}
     if task.media.windowed and len(session.clip.windows()) > 1:
         own["parsed"] = results_to_json(answer.parsed)
+    if answer.timings.held_tokens:
+        own["held_tokens"] = answer.timings.held_tokens
     made = [result for result in answer.parsed if isinstance(result, Mask)]
     if made:
         own["masks"] = results_to_json(made)
@@ -190,4 +192,5 @@ def prediction_of(truth: Parsed, fields: Mapping[str, Any], row: Row, folder: Pa
         parsed=results_from_json(own["parsed"]) if "parsed" in own else None,
         masks=masks,
         folder=folder,
+        held="held_tokens" in own,
     )

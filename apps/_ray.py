@@ -33,11 +33,12 @@ def connect(
     engine: str,
     threads: int | None,
     workers: int | None = None,
-    grammar: bool = False,
+    request: Request | None = None,
 ) -> CrewProducer:
     """A producer on the cluster at `address` ("local": one on this machine), its first worker ready.
 
-    threads: of each worker; workers: default as many as the cluster's CPUs hold. DependencyError without
+    threads: of each worker; workers: default as many as the cluster's CPUs hold; request: what is going to be
+    asked, which the workers make ready. DependencyError without
     Ray, EngineError for a cluster that can't be reached or holds no worker, and whatever a worker raises that
     can't open the bundle.
     """
@@ -74,7 +75,7 @@ def connect(
             ray.shutdown()
             if not tries_left:
                 raise _unreachable(address, error) from error
-    crew = RayCrew(bundle, engine, threads, grammar)
+    crew = RayCrew(bundle, engine, threads, request)
     try:
         size = workers or crew.room()
         if not size:
@@ -117,14 +118,14 @@ class Worker:
         self._producer: LocalProducer | None = None
 
     def load(
-        self, bundle: Path | None, engine: str, threads: int, grammar: bool
+        self, bundle: Path | None, engine: str, threads: int, request: Request | None
     ) -> tuple[str, dict[str, Any], str, int]:
         """Opens the bundle: its identity, what the engine says of itself, this machine, this process."""
         import crab_edge
 
         model = crab_edge.load(bundle, engine, threads=threads)
-        if grammar:
-            model.grammars()
+        if request is not None:
+            request.prepare(model)
         self._producer = LocalProducer(model)
         return self._producer.bundle, self._producer.engine, socket.gethostname(), os.getpid()
 
@@ -153,13 +154,15 @@ class Worker:
 class RayCrew:
     """`Crew` of Ray actors."""
 
-    def __init__(self, bundle: Path | None, engine: str, threads: int | None, grammar: bool) -> None:
+    def __init__(
+        self, bundle: Path | None, engine: str, threads: int | None, request: Request | None
+    ) -> None:
         import ray
 
         self._ray = ray
         self.threads = threads or _default_threads(ray)
         where = None if bundle is None else Path(bundle).absolute()
-        self._load = (where, engine, self.threads, grammar)
+        self._load = (where, engine, self.threads, request)
         # Two calls at a time: an answer, and `halt` meanwhile.
         actors: Any = ray.remote
         self._class = actors(num_cpus=self.threads, max_restarts=0, max_concurrency=2)(Worker)

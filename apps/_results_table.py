@@ -84,7 +84,17 @@ def _score_json(score: SplitScore) -> dict[str, Any]:
         }
         for line in score.lines
     ]
-    names = ("task", "split", "n", "errors", "unparsable", "seconds_per_sample", "score_name", "mask_tools")
+    names = (
+        "task",
+        "split",
+        "n",
+        "errors",
+        "unparsable",
+        "held",
+        "seconds_per_sample",
+        "score_name",
+        "mask_tools",
+    )
     return {**{name: getattr(score, name) for name in names}, "figures": figures}
 
 
@@ -168,6 +178,8 @@ def _notes(report: Report) -> list[str]:
             notes.append(f"{place}: masks made by {', '.join(score.mask_tools)}")
         if score.errors:
             notes.append(f"{place}: {score.errors} of {score.n} samples failed; they count as wrong")
+        if score.held:
+            notes.append(f"{place}: {score.held:.1f} % of the answers left their form and were held to it")
     for place, count in report.missing.items():
         notes.append(f"{place}: {count} records left out, their media are missing")
     notes += report.notes

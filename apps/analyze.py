@@ -48,8 +48,11 @@ def command(
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all there are.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     grammar: Annotated[
-        bool, typer.Option("--grammar/--no-grammar", help="Hold answers to their task's form.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--grammar/--no-grammar", help="Hold answers to their task's form, or let the model talk."
+        ),
+    ] = True,
     window: Annotated[
         float,
         typer.Option(
@@ -90,7 +93,7 @@ def command(
     figures = Figures(None if known is None else len(known), len(request.tasks))
     if workers is not None and ray is None:
         raise InputError("--workers is for --ray; add --ray ADDRESS or leave it out")
-    producer = _producer(bundle, engine, threads, request.grammar, ray, workers)
+    producer = _producer(bundle, engine, threads, request, ray, workers)
     try:
         with (
             RowFile(
@@ -152,21 +155,25 @@ def _opened_sinks(names: list[str], out: Path, progress: Progress) -> Any:
 
 
 def _producer(
-    bundle: Path | None, engine: str, threads: int | None, grammar: bool, ray: str | None, workers: int | None
+    bundle: Path | None,
+    engine: str,
+    threads: int | None,
+    request: Request,
+    ray: str | None,
+    workers: int | None,
 ) -> Producer:
     """Who answers the work list: a model in this process, or workers elsewhere."""
     if ray is not None:
         from crab_edge_apps import _ray
 
         return _ray.connect(
-            ray, bundle=bundle, engine=engine, threads=threads, workers=workers, grammar=grammar
+            ray, bundle=bundle, engine=engine, threads=threads, workers=workers, request=request
         )
     import crab_edge
     from crab_edge.batch import LocalProducer
 
     model = crab_edge.load(bundle, engine, threads=threads)
-    if grammar:
-        model.grammars()
+    request.prepare(model)
     return LocalProducer(model)
 
 

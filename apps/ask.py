@@ -58,8 +58,11 @@ def command(
     max_minutes: Annotated[float, typer.Option(help="Refuse longer clips; `analyze` takes any.")] = 10.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     grammar: Annotated[
-        bool, typer.Option("--grammar/--no-grammar", help="Hold answers to their task's form.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--grammar/--no-grammar", help="Hold answers to their task's form, or let the model talk."
+        ),
+    ] = True,
     router: Annotated[
         Path | None,
         typer.Option(

@@ -32,7 +32,6 @@ EXTRAS = {
     "export": ("onnx", "onnxscript", "onnx_ir", "optimum"),
     "segment": ("cv2",),
     "demo": ("gradio",),
-    "grammar": ("llguidance",),
     "ray": ("ray",),
 }
 INTRODUCTION = "Ask audio-visual language models about clips, on this machine."

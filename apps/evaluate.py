@@ -42,8 +42,11 @@ def evaluate(
         str, typer.Option(help="Engine, and how: onnxruntime, onnxruntime:cuda, tensorrt, torch:cuda.")
     ] = "auto",
     grammar: Annotated[
-        bool, typer.Option("--grammar/--no-grammar", help="Hold answers to their task's form.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--grammar/--no-grammar", help="Hold answers to their task's form, or let the model talk."
+        ),
+    ] = True,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out records whose media are missing.")
     ] = False,
@@ -103,14 +106,14 @@ def run(
     limit: int | None = None,
     out: Path = DEFAULT_OUT,
     engine: str = "auto",
-    grammar: bool = False,
+    grammar: bool = True,
     skip_missing: bool = False,
     console: Any = None,
 ) -> Report:
     """All of `evaluate` but the printing: reads every list first, then runs the models one after the other.
 
-    Predictions land in `out/<bundle's identity>/inference_<task>.jsonl`, with `grammar` in a folder of their
-    own (`...+grammar`). `names` empty = every task; a task whose list is absent is reported as absent.
+    Predictions land in `out/<bundle's identity>/inference_<task>.jsonl`, without `grammar` in a folder of
+    their own (`...+free`). `names` empty = every task; a task whose list is absent is reported as absent.
     InputError for a missing folder or media file, and when none of `names` has a list; DependencyError when
     masks are needed and can't be made.
     """
@@ -167,7 +170,7 @@ def _measure(
     out: Path,
     engine: str,
     console: Any,
-    grammar: bool = False,
+    grammar: bool = True,
 ) -> tuple[str, list[Any], Scores]:
     """The bundle's identity, its scores by list, and every sample's score by list and record."""
     import crab_edge
@@ -178,7 +181,7 @@ def _measure(
     from ._progress import counting
 
     model = crab_edge.load(bundle, engine=engine)
-    identity = str(model.bundle.identity) + ("+grammar" if grammar else "")
+    identity = str(model.bundle.identity) + ("" if grammar else "+free")
     if grammar:
         model.grammars()
     folder = out / re.sub(r"[^\w.@+-]+", "_", identity)

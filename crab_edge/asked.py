@@ -37,7 +37,7 @@ class Asked:
     cancelled: Callable[[], bool] | None
     notices: list[str]
     frame: int | None = None
-    grammar: bool = False
+    grammar: bool = True
     router: bool = False
     spent: Spent = field(default_factory=Spent)
     complete: bool = False
@@ -79,6 +79,11 @@ class Asked:
             notices.append("stopped before the answer's end")
         elif self._cut_off:
             notices.append(f"cut off after {self.limit} tokens: the answer may be incomplete")
+        if self.spent.held_tokens:
+            notices.append(
+                f"held to the task's form at {self.spent.held_tokens} of {self.spent.tokens} tokens, where "
+                "the model would have said something else; rely on it less"
+            )
         steps = asdict(self.spent)
         total = sum(seconds for name, seconds in steps.items() if name.endswith("_s"))
         return Answer(

@@ -20,7 +20,7 @@ from crab_edge.clip import Clip
 from crab_edge.errors import CrabError, InputError, MediaError
 from crab_edge.inputs import find_media
 from crab_edge.media_io import check_file, shown
-from crab_edge.resolved import WINDOW_S, check_grammar, check_stride, check_window
+from crab_edge.resolved import WINDOW_S, check_stride, check_window
 from crab_edge.results import Answer
 from crab_edge.rows import ROW_VERSION, Row, RowError
 from crab_edge.session import MAX_NEW_TOKENS, Session
@@ -46,7 +46,7 @@ class Request:
     tasks: tuple[str, ...]
     question: str | None = None
     max_new_tokens: int = MAX_NEW_TOKENS
-    grammar: bool = False
+    grammar: bool = True
     stride_s: float | None = None
     window_s: float = WINDOW_S
 
@@ -58,9 +58,17 @@ class Request:
             task_registry.get(name).prompt(self.asked(name))
         check_window(self.window_s)
         check_stride(self.stride_s, self.window_s)
-        if self.grammar and any(task_registry.get(name).media.windowed for name in self.tasks):
-            check_grammar(self.window_s)
         return self
+
+    def prepare(self, model: Model) -> None:
+        """Compiles what holds the answers to their forms, before any clip is read.
+
+        DependencyError without llguidance; InputError where no answer of a task is as short as
+        `max_new_tokens`.
+        """
+        for name in self.tasks if self.grammar else ():
+            if (task := task_registry.get(name)).grammar:
+                model.grammars().form(task, limit=self.max_new_tokens)
 
     @property
     def stride(self) -> float:
@@ -119,7 +127,7 @@ def analyze(
     *,
     question: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    grammar: bool = False,
+    grammar: bool = True,
     stride_s: float | None = None,
     window_s: float = WINDOW_S,
     skip: Skip | None = None,
@@ -137,8 +145,7 @@ def analyze(
     asked = (question, max_new_tokens, grammar, stride_s, window_s)
     request = Request(tuple(dict.fromkeys(names)), *asked).check()
     producer = LocalProducer(model, ahead)
-    if grammar:
-        model.grammars()
+    request.prepare(model)
     files = find_media([paths] if isinstance(paths, (str, Path)) else paths)
     rows = producer.produce(files, request, skip or _skip_nothing, stop or threading.Event())
     return _only_rows(rows)

@@ -1,13 +1,14 @@
 """Task grammars compiled for a bundle's vocabulary by llguidance: which tokens keep an answer in its form.
 
-A task's `grammar` is a Lark grammar in llguidance's dialect. It speaks of a whole window of ten seconds; for
-a shorter one its rule `span` is narrowed, so that no event starts after the clip's end.
+A task's `grammar` is a Lark grammar in llguidance's dialect. It speaks of a window of ten seconds; for
+another its rule `span` is fitted: no event starts after the clip's end, and a longer window has more seconds.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from crab_edge.errors import DependencyError, EngineError, TaskError
+from crab_edge.errors import DependencyError, EngineError, InputError, TaskError
 from crab_edge.tasks import MODEL_CONTEXT, MediaContext, Task, grammars
 
 if TYPE_CHECKING:
     from crab_edge.bundle import Bundle
 
-# A rule of the name `span` with its alternatives on further lines.
-_SPAN_RULE = re.compile(r"^span[ \t]*:.*\n(?:[ \t]+\|.*\n)*", re.MULTILINE)
+# A rule of the name `span` with its alternatives on further lines, and `spans` after it.
+_SPAN_RULE = re.compile(r"^span[ \t]*:.*\n(?:[ \t]+\|.*\n)*(?P<several>spans[ \t]*:.*\n)?", re.MULTILINE)
 # Letters that open different words lead to completions of different length; one of these few is short enough.
 _LETTERS_TRIED = 3
 # What tells places in an answer apart, few marks first: the more, the longer the search.
@@ -34,33 +35,37 @@ _SEARCH_LIMIT = 20_000
 
 
 def require() -> Any:
-    """The module llguidance; DependencyError naming the extra when it isn't installed."""
+    """The module llguidance; DependencyError with the way out when it isn't installed."""
     try:
         import llguidance
     except ModuleNotFoundError:
         raise DependencyError(
-            "--grammar needs llguidance, which isn't installed; "
-            "run `pip install 'crab-edge[grammar]'` or leave --grammar out"
+            "holding answers to their task's form needs llguidance, which isn't installed; "
+            "run `pip install llguidance`, or give --no-grammar"
         ) from None
     return llguidance
 
 
-def start_seconds(context: MediaContext) -> int:
-    """How many whole seconds 0, 1, ... of the window an event may start at; at least one."""
-    inside = (
-        second for second in range(grammars.WINDOW_SECONDS) if context.start_s + second >= context.end_s
-    )
-    return max(1, next(inside, grammars.WINDOW_SECONDS))
+def window_seconds(context: MediaContext) -> tuple[int, int]:
+    """How many whole seconds 0, 1, ... of the window an event may start at, and the last it may end at.
 
-
-def for_window(lark: str, starts: int) -> str:
-    """The grammar with its rule `span`, if it has one, narrowed to events that start in the window.
-
-    `span` is "(S E)" in whole seconds, S < E <= 10; afterwards S < `starts` holds too.
+    At least one, and at least the ten that the model was trained on.
     """
-    if starts >= grammars.WINDOW_SECONDS:
+    length = math.ceil(context.end_s - context.start_s)
+    seconds = min(max(length, grammars.WINDOW_SECONDS), grammars.LONGEST_SECONDS)
+    inside = (second for second in range(seconds) if context.start_s + second >= context.end_s)
+    return max(1, next(inside, seconds)), seconds
+
+
+def for_window(lark: str, starts: int, seconds: int = grammars.WINDOW_SECONDS) -> str:
+    """The grammar with its rule `span` and, after it, `spans`, as far as it has them, fitted to a window.
+
+    `span` is "(S E)" in whole seconds, S < E <= `seconds` and S < `starts`.
+    """
+    if starts == seconds == grammars.WINDOW_SECONDS:
         return lark
-    return _SPAN_RULE.sub(grammars.spans(starts), lark)
+    span, several = grammars.spans(starts, seconds).rsplit("spans:", 1)
+    return _SPAN_RULE.sub(lambda rule: span + (f"spans:{several}" if rule["several"] else ""), lark)
 
 
 class _Outlook(NamedTuple):
@@ -85,7 +90,7 @@ class Vocabulary:
             )
         except Exception as error:  # all that the library raises
             raise EngineError(
-                f"llguidance can't read the bundle's tokenizer ({error}); leave --grammar out"
+                f"llguidance can't read the bundle's tokenizer ({error}); give --no-grammar"
             ) from error
         self._special = frozenset(bundle.prompt.special.model_dump().values())
 
@@ -114,15 +119,15 @@ class Vocabulary:
         found = {byte: self.ids(bytes([byte])) for byte in range(0x20, 0x7F)}
         return {byte: ids[0] for byte, ids in found.items() if len(ids) == 1}
 
-    def allowed(self, matcher: Any) -> NDArray[np.int64]:
-        """Ids that the grammar allows next, ascending; the end tokens are among them where it accepts.
+    def allowed(self, matcher: Any) -> NDArray[np.bool_]:
+        """bool [vocabulary]: what the grammar allows next; the end tokens too where it accepts.
 
         EngineError when the matcher has given up.
         """
         mask = self._mask(matcher)
         if matcher.is_accepting():
             mask[list(self.eos_ids)] = 1
-        return np.flatnonzero(mask)
+        return mask.view(np.bool_)
 
     def _mask(self, matcher: Any) -> NDArray[np.uint8]:
         """uint8 [vocabulary], 1 where the grammar allows the id."""
@@ -214,9 +219,12 @@ class Grammars:
         self.vocabulary = Vocabulary(bundle)
         self._forms: dict[str, Form] = {}
 
-    def form(self, task: Task, context: MediaContext = MODEL_CONTEXT) -> Form:
-        """The task's grammar for a window. TaskError when it doesn't compile."""
-        lark = for_window(task.grammar, start_seconds(context))
+    def form(self, task: Task, context: MediaContext = MODEL_CONTEXT, limit: int | None = None) -> Form:
+        """The task's grammar for a window.
+
+        TaskError when it doesn't compile; InputError when its shortest sentence has over `limit` tokens.
+        """
+        lark = for_window(task.grammar, *window_seconds(context))
         if lark not in self._forms:
             try:
                 matcher = self.vocabulary.compile(lark)
@@ -225,4 +233,10 @@ class Grammars:
             ids = self.vocabulary.completion(matcher)
             text = b"".join(map(self.vocabulary.bytes_of, ids))
             self._forms[lark] = Form(self.vocabulary, matcher, text, len(ids))
-        return self._forms[lark]
+        form = self._forms[lark]
+        if limit is not None and form.tokens > limit:
+            raise InputError(
+                f"the shortest answer of task {task.name} takes {form.tokens} tokens, but only {limit} are "
+                "allowed; allow more with --max-tokens, or give --no-grammar"
+            )
+        return form

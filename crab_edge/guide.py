@@ -33,7 +33,12 @@ _TRIES = 4
 
 
 class Guide(Protocol):
-    """Chooses the next token. `finished` says that nothing may follow; `shortened` that the limit chose."""
+    """Chooses the next token. `finished` says that nothing may follow; `shortened` that the limit chose.
+
+    `held` counts the tokens that the model itself would have chosen otherwise.
+    """
+
+    held: int
 
     @property
     def finished(self) -> bool: ...
@@ -49,7 +54,8 @@ class Guide(Protocol):
 def guide(grammars: Grammars, task: Task, context: MediaContext, limit: int) -> Guide:
     """The guide of one answer about one window; `limit` bounds its tokens.
 
-    Raises TaskError for a grammar that doesn't compile or that the task's own parser refuses.
+    Raises TaskError for a grammar that doesn't compile or that the task's own parser refuses, InputError
+    for a limit that no answer fits.
     """
 
     def readable(text: bytes) -> bool:
@@ -67,6 +73,7 @@ class FreeText:
     finished = shortened = False
 
     def __init__(self, vocabulary: Vocabulary, readable: Callable[[bytes], bool]) -> None:
+        self.held = 0
         self._vocabulary, self._readable = vocabulary, readable
         self._text = b""
         self._begun = False
@@ -76,6 +83,7 @@ class FreeText:
         token = int(np.argmax(logits))
         if not self._begun and not self._begins(token):
             token = next((int(i) for i in np.argsort(-logits, kind="stable") if self._begins(int(i))), token)
+            self.held += 1
         if not self._begun:
             self._text += self._vocabulary.bytes_of(token)
             self._begun = self._readable(self._text)
@@ -97,7 +105,8 @@ class Tagged:
         readable: Callable[[bytes], bool],
         limit: int,
     ) -> None:
-        form = grammars.form(task, context)
+        self.held = 0
+        form = grammars.form(task, context, limit)
         if not readable(form.shortest):
             raise TaskError(
                 f"task {task.name}: its grammar allows {form.shortest.decode('utf-8', 'replace')!r}, which "
@@ -122,17 +131,18 @@ class Tagged:
 
     def choose(self, logits: NDArray[np.float32], remaining: int) -> int:
         """See `Guide`. InputError when not even the shortest answer fits."""
+        own = int(np.argmax(logits))
         if self._free:
-            token = int(np.argmax(logits))
             # What ends the free text may have to be followed by a whole tagged part.
             room = self._free_left > 0 and remaining > self._form.tokens + 1
-            if room and token not in self._vocabulary.eos_ids and self._goes_on(token):
+            if room and own not in self._vocabulary.eos_ids and self._goes_on(own):
                 self._free_left -= 1
-                return token
+                return own
             self._open()
         allowed = self._vocabulary.allowed(self._matcher)
-        best = int(allowed[np.argmax(logits[allowed])])
+        best = own if allowed[own] else int(np.argmax(np.where(allowed, logits, -np.inf)))
         token = best if remaining > _CAREFUL else self._fitting(best, logits, allowed, remaining)
+        self.held += token != own
         if token in self._vocabulary.eos_ids:
             return token
         if self._way is not None:
@@ -174,7 +184,7 @@ class Tagged:
                     return
 
     def _fitting(
-        self, best: int, logits: NDArray[np.float32], allowed: NDArray[np.int64], remaining: int
+        self, best: int, logits: NDArray[np.float32], allowed: NDArray[np.bool_], remaining: int
     ) -> int:
         """The best token after which the rest of the form still fits into the limit."""
         if self._way is None:
@@ -184,7 +194,8 @@ class Tagged:
                 f"the shortest answer of task {self._name} needs {len(self._way)} more tokens, but "
                 f"{remaining} are left; allow more with --max-tokens, or give a shorter clip or question"
             )
-        order = allowed[np.argsort(-logits[allowed], kind="stable")[:_TRIES]]
+        choices = np.flatnonzero(allowed)
+        order = choices[np.argsort(-logits[choices], kind="stable")[:_TRIES]]
         for token in map(int, order):
             if token in self._vocabulary.eos_ids or self._way[:1] == [token]:
                 break

@@ -64,14 +64,6 @@ def check_window(window_s: float) -> None:
         )
 
 
-def check_grammar(window_s: float) -> None:
-    """InputError for windows whose answers the grammars don't know."""
-    if window_s > WINDOW_S:
-        raise InputError(
-            f"--grammar knows answers about windows of {WINDOW_S:g} s; leave out it or the longer window"
-        )
-
-
 def windows(
     clip: Clip, recipe: MediaRecipe, stride_s: float | None = None, window_s: float = WINDOW_S
 ) -> list[Window | None]:
@@ -150,6 +142,7 @@ class Spent:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
+    held_tokens: int = 0
 
 
 @dataclass

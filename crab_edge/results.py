@@ -98,7 +98,10 @@ Result = Event | Box | Points | Mask | MaskFile | Choice | Caption | Unparsed
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds spent, by step; `tokens` are the generated ones."""
+    """Seconds spent, by step; `tokens` are the generated ones.
+
+    `held_tokens` of them were chosen by the task's form: the model itself would have left it there.
+    """
 
     decode_s: float = 0.0
     features_s: float = 0.0
@@ -110,6 +113,7 @@ class Timings:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
+    held_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Row:
         bundle: str,
         engine: dict[str, Any],
         question: str | None = None,
-        grammar: bool = False,
+        grammar: bool = True,
         window_s: float | None = None,
         stride_s: float | None = None,
         max_new_tokens: int | None = None,

@@ -24,7 +24,6 @@ from crab_edge.guide import guide
 from crab_edge.resolved import (
     WINDOW_S,
     Spent,
-    check_grammar,
     check_stride,
     check_window,
     context,
@@ -122,7 +121,7 @@ class Model:
         return analyze(self, paths, tasks, **options)
 
     def grammars(self) -> Grammars:
-        """The tasks' grammars compiled for this bundle. DependencyError without the extra `grammar`."""
+        """The tasks' grammars compiled for this bundle. DependencyError without llguidance."""
         if self._grammars is None:
             from crab_edge.grammar import Grammars
 
@@ -215,20 +214,22 @@ class Session:
         frame: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
-        grammar: bool = False,
+        grammar: bool = True,
         router: bool = False,
     ) -> Answer | list[Answer]:
         """One answer to a question or a task; with neither, the answers of every task that applies.
 
         Those are the tasks that the model was trained on, where it says so; of tasks that show and ask the
         same (data sets of one kind), the first is asked. `frame`: which of the five or ten equal parts of its
-        video's sound a picture belongs to, for the tasks that hear one part of it. With `grammar` the tagged
+        video's sound a picture belongs to, for the tasks that hear one part of it. `grammar`: the tagged
         part of an answer is held to its task's form, so that it always parses (unless it is `cancelled`
-        half-way). With `router` the answer holds the weights of the decoder's routers for every token
-        (`crab_edge.router.RouterTrace`), from a pass over prompt and answer after each window's text; a
-        window whose text was `cancelled` has none. Raises TaskError for a task that is unknown, doesn't take
-        this clip, or needs a question; DependencyError for `grammar` without the extra of that name;
-        InputError for `router` where the bundle has no adapter or the engine can't trace.
+        half-way); without, it is what the model says, and may be `Unparsed`. With `router` the answer holds
+        the weights of the decoder's routers for every token (`crab_edge.router.RouterTrace`), from a pass
+        over prompt and answer after each window's text; a window whose text was `cancelled` has none.
+
+        Raises TaskError for a task that is unknown, doesn't take this clip, or needs a question;
+        DependencyError for `grammar` without llguidance; InputError where no answer is as short as
+        `max_new_tokens`, and for `router` where the bundle has no adapter or the engine can't trace.
         """
         how: dict[str, Any] = {
             "frame": frame,
@@ -254,7 +255,7 @@ class Session:
         frame: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
-        grammar: bool = False,
+        grammar: bool = True,
         router: bool = False,
     ) -> list[Answer]:
         """Several tasks, answered in the order given; `question` and `frame` go to those that use them.
@@ -292,7 +293,7 @@ class Session:
         frame: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
-        grammar: bool = False,
+        grammar: bool = True,
         router: bool = False,
     ) -> Stream:
         """Like `ask` for one question or task, as a stream of text; the request is checked at once."""
@@ -317,8 +318,6 @@ class Session:
         if reason is not None:
             raise TaskError(f"{reason}; {self._hint()}")
         recipe = self._recipe(task)
-        if grammar and recipe.windowed:
-            check_grammar(self.window_s)
         notices = [f"task {task.name} doesn't use the clip's {kind}" for kind in unused(self.clip, recipe)]
         if recipe.units and any(heard(recipe, audio.waveform(), frame)[1] for audio in self.clip.audios):
             notices.append(
@@ -439,6 +438,7 @@ class Session:
             spent.tokens += len(ids)
             raw = self.model.bundle.prompt.decode(ids).strip()
             asked.add(raw, about, ended=generator.ended)
+            spent.held_tokens += held.held if held is not None else 0
         if asked.router and tracer is not None and not asked.stopped():
             asked.add_trace(generator.trace(tracer, shown, asked.instruction, ids, spent))
 

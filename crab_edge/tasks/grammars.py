@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-#: The model's seconds run to here, its pixels to there.
+#: The model's seconds run to here (in windows of its own length), its pixels to there.
 WINDOW_SECONDS = 10
+#: The longest window there is; see `crab_edge.resolved`.
+LONGEST_SECONDS = 60
 SIDE = 224
 
 _EDGE = r"[A-Za-z0-9]"
@@ -31,13 +33,16 @@ def answer(*values: str) -> str:
     return f'start: "<answer>" ANSWER "</answer>"\nANSWER: {ANSWER}\n'
 
 
-def spans(starts: int = WINDOW_SECONDS) -> str:
-    """The rule `span`: "(S E)" in whole seconds, 0 <= S < `starts`, S < E <= the window's ten."""
+def spans(starts: int = WINDOW_SECONDS, seconds: int = WINDOW_SECONDS) -> str:
+    """The rules `span`, "(S E)" in whole seconds, 0 <= S < `starts`, S < E <= `seconds`, and `spans`.
+
+    A window has room for so many spans with a second between them.
+    """
     lines = []
     for start in range(starts):
-        ends = " | ".join(f'"{end})"' for end in range(start + 1, WINDOW_SECONDS + 1))
+        ends = " | ".join(f'"{end})"' for end in range(start + 1, seconds + 1))
         lines.append(f'"({start} " ({ends})')
-    return "span: " + "\n    | ".join(lines) + "\n"
+    return "span: " + "\n    | ".join(lines) + f"\nspans: span{{1,{seconds // 2}}}\n"
 
 
 def box(separators: Sequence[str], rule: str = "box") -> str:

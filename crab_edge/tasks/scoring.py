@@ -30,6 +30,8 @@ class Prediction:
     parsed: Parsed | None = None
     masks: tuple[Mask, ...] = ()
     folder: Path | None = None
+    held: bool = False
+    """The task's form chose a part of the text, not the model."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Line:
 class SplitScore:
     """All figures of one task on one list. `unparsable`: percent of answers of which a part didn't parse.
 
-    `seconds_per_sample` is 0 where nobody took the time. `mask_tools`: what made the answers' masks.
+    `held`: percent of answers that left their task's form and were held to it. `seconds_per_sample` is 0
+    where nobody took the time. `mask_tools`: what made the answers' masks.
     """
 
     task: str
@@ -62,6 +65,7 @@ class SplitScore:
     errors: int
     unparsable: float
     seconds_per_sample: float
+    held: float = 0.0
     mask_tools: tuple[str, ...] = ()
 
 
@@ -142,6 +146,7 @@ def score(task: Task, predictions: Sequence[Prediction], variant: str = "") -> S
         n=len(samples),
         errors=len(samples) - len(told),
         unparsable=100.0 * broken / len(told) if told else 0.0,
+        held=100.0 * sum(prediction.held for prediction in predictions) / len(told) if told else 0.0,
         seconds_per_sample=sum(timed) / len(timed) if timed else 0.0,
         mask_tools=tuple(sorted({mask.source for prediction in predictions for mask in prediction.masks})),
     )

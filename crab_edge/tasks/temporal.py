@@ -144,16 +144,15 @@ def _truth_avvp(record: Record) -> Parsed:
 
 _AVE_INSTRUCTION = "Please describe the events and time range that occurred in the video."
 _AVE_FORM = "<event>LABEL, (S E)(S E)</event>, ... ; S < E whole seconds, E exclusive"
-# Ten seconds have room for five ranges with something between them.
 _AVE_GRAMMAR = (
     'start: event (", " event){0,5}\n'
-    'event: "<event>" NAME span{1,5} "</event>"\n'
+    'event: "<event>" NAME spans "</event>"\n'
     f'NAME: {grammars.LABEL} ", "\n{grammars.spans()}'
 )
 _AVVP_GRAMMAR = (
     "start: seen{1,6} heard{0,6} | heard{1,6}\n"
-    'seen: "<visual_event>" NAME span{1,5} "</visual_event>"\n'
-    'heard: "<audio_event>" NAME span{1,5} "</audio_event>"\n'
+    'seen: "<visual_event>" NAME spans "</visual_event>"\n'
+    'heard: "<audio_event>" NAME spans "</audio_event>"\n'
     f'NAME: {grammars.LABEL} ","\n{grammars.spans()}'
 )
 

@@ -69,7 +69,6 @@ def test_a_list_on_standard_input(named, folder, monkeypatch):
         (["in", "--stride", "31", "--window", "30"], "a stride of 31 s: expected 1 to 30 s"),
         (["in", "--window", "61"], "windows of 61 s"),
         (["in", "--window", "nan"], "windows of nan s"),
-        (["in", "--window", "20", "--grammar"], "--grammar"),
         (["in", "--sink", "gif"], "unknown sink 'gif'"),
         (["in", "--workers", "2"], "--workers is for --ray"),
     ],
@@ -237,9 +236,11 @@ def test_another_producer_answers_the_same_list(cli, folder, tmp_path, fake_bund
     monkeypatch.setitem(sys.modules, "crab_edge_apps._ray", module)
     monkeypatch.setattr(crab_edge_apps, "_ray", module, raising=False)
     words = ["analyze", folder, "--task", "avcap,ave", "--out", tmp_path / "out", "--ray", "head:6379"]
-    ran = cli(*words, "--workers", "3", "--threads", "2", "--grammar")
+    ran = cli(*words, "--workers", "3", "--threads", "2", "--no-grammar")
     assert ran.code == 0 and "6 answers" in ran.out
-    options = {"engine": "auto", "threads": 2, "workers": 3, "grammar": True, "bundle": fake_bundle}
+    options = {"engine": "auto", "threads": 2, "workers": 3, "bundle": fake_bundle}
+    request = told.pop("request")
+    assert request.tasks == ("avcap", "ave") and not request.grammar
     assert told == options | {"address": "head:6379", "closed": True}
     assert {row["engine"]["name"] for row in read_rows(tmp_path / "out")} == {"far"} and not cli.engines
 

@@ -1,9 +1,8 @@
-"""`--grammar` on the command line: passed on, kept apart from answers without it, its cost measured."""
+"""`--no-grammar` on the command line: passed on, kept apart from answers without it, its cost measured."""
 
 import json
 from types import SimpleNamespace
 
-import pytest
 from crab_edge_apps import _bench_grammar, _predictions, bench
 from crab_edge_apps import evaluate as verb
 
@@ -11,22 +10,24 @@ import crab_edge
 from crab_edge import tasks
 from crab_edge.results import Answer, Timings
 
-pytest.importorskip("llguidance", reason="needs the extra `grammar`")
 
-
-def test_ask_holds_answers_to_their_form(cli, clips):
-    (row,) = cli("ask", clips["av"], "--task", "ave", "--json", answers_="a dog").rows()
+def test_answers_are_held_to_their_form(cli, clips, tmp_path):
+    (row,) = cli("ask", clips["av"], "--task", "ave", "--json", "--no-grammar", answers_="a dog").rows()
     assert row["raw"] == "a dog" and row["parsed"][0]["type"] == "unparsed"
-    (row,) = cli("ask", clips["av"], "--task", "ave", "--json", "--grammar").rows()
+    (row,) = cli("ask", clips["av"], "--task", "ave", "--json").rows()
     assert row["raw"].startswith("a dog<event>") and {r["type"] for r in row["parsed"]} == {"event"}
-    streamed = cli("ask", clips["av"], "Is there a dog?", "--grammar", answers_="yes")
+    held = row["timings"]["held_tokens"]
+    assert held > 0 and f"held to the task's form at {held} of" in row["notices"][-1]
+    streamed = cli("ask", clips["av"], "Is there a dog?", answers_="yes")
     assert streamed.code == 0 and "yes<answer>" in streamed.out
-    ran = cli("ask", clips["av"], "--task", "ave", "--grammar", "--max-tokens", "3")
+    ran = cli("ask", clips["av"], "--task", "ave", "--max-tokens", "3")
     assert ran.code == 2 and "--max-tokens" in ran.err
+    ran = cli("analyze", clips["av"], "--task", "avcap,ave", "--max-tokens", "3", "--out", tmp_path / "out")
+    assert ran.code == 2 and "task ave takes" in ran.err and not (tmp_path / "out").exists()
 
 
 def test_analyze_keeps_rows_with_and_without_apart(cli, clips, tmp_path):
-    for flags, known in (([], 0), (["--grammar"], 0), (["--grammar"], 1), (["--no-grammar"], 1)):
+    for flags, known in ((["--no-grammar"], 0), ([], 0), (["--grammar"], 1), (["--no-grammar"], 1)):
         ran = cli("analyze", clips["av"], "--task", "ave", "--out", tmp_path, *flags, answers_="a dog")
         assert ran.code == 0 and f"{known} rows already there" in ran.out
     plain, held = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
@@ -54,10 +55,10 @@ def test_evaluate_passes_it_on_into_a_folder_of_its_own(monkeypatch, tmp_path):
     (folder / "test.json").write_text(json.dumps([record]))
     for grammar in (True, False):
         report = verb.run(None, tmp_path / "AVUIE_2", ["ave"], out=tmp_path / "out", grammar=grammar)
-        assert report.bundle == "fake@1" + "+grammar" * grammar
-    assert asked == [{"grammar": True}, {}]
+        assert report.bundle == "fake@1" + "+free" * (not grammar)
+    assert asked == [{"grammar": True}, {"grammar": False}]
     names = {path.parent.name for path in (tmp_path / "out").rglob(_predictions.file_name("ave", ""))}
-    assert names == {"fake@1", "fake@1+grammar"}
+    assert names == {"fake@1", "fake@1+free"}
 
 
 def test_bench_times_every_task_with_a_grammar(fake_bundle, capsys):

@@ -23,7 +23,7 @@ from crab_edge.errors import CrabError
 bundle, folder = Path(sys.argv[1]), Path(sys.argv[2])
 producer = _ray.connect("local", bundle=bundle, engine="auto", threads=1, workers=2)
 crew = producer.crew
-request = Request(("avcap", "ave"), max_new_tokens=4).check()
+request = Request(("avcap", "ave"), max_new_tokens=4, grammar=False).check()
 rows, killed = [], None
 for row, clip in producer.produce(sorted(folder.iterdir()), request, lambda *_: False, threading.Event()):
     rows.append([row.media[0], row.task, row.error and row.error.type, clip])
@@ -32,7 +32,7 @@ for row, clip in producer.produce(sorted(folder.iterdir()), request, lambda *_: 
         os.kill(crew.pids[killed][1], signal.SIGKILL)
 for name in list(crew._actors):
     crew._dead(name, CrabError("makes room"))
-other = _ray.RayCrew(folder / "nowhere", "auto", 1, False)
+other = _ray.RayCrew(folder / "nowhere", "auto", 1, None)
 other.start()
 try:
     other.first()

@@ -73,7 +73,7 @@ def counted(monkeypatch):
 
 
 def test_one_decode_and_one_prefix_for_tasks_of_one_recipe(model, clips, counted):
-    found = list(model.analyze([clips["av"]], SAME_RECIPE))
+    found = list(model.analyze([clips["av"]], SAME_RECIPE, grammar=False))
     assert [row.answer.raw for row in found] == ["a dog"] * 3
     assert counted["clips"] == counted["hashes"] == counted["sounds"] == 1 and counted["frames"] == 10
     engine = model.engine
@@ -210,7 +210,6 @@ def test_wrong_requests_are_refused_before_anything_is_read(model):
         (["ave"], {"stride_s": 11}, InputError),
         (["ave"], {"stride_s": 21, "window_s": 20}, InputError),
         (["ave"], {"window_s": 5}, InputError),
-        (["ave"], {"window_s": 20, "grammar": True}, InputError),
     ):
         with pytest.raises(error):
             model.analyze(["nowhere.mp4"], tasks, **options)

@@ -6,13 +6,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-pytest.importorskip("llguidance", reason="needs the extra `grammar`")
-
 from crab_edge import tasks
 from crab_edge.bundle import Bundle, default_bundle
 from crab_edge.clip import Window
 from crab_edge.errors import DependencyError, InputError, TaskError
-from crab_edge.grammar import Grammars, for_window, start_seconds
+from crab_edge.grammar import Grammars, for_window, window_seconds
 from crab_edge.guide import FREE_TOKENS, guide
 from crab_edge.results import Box, Choice, Event, Unparsed
 from crab_edge.session import Model
@@ -23,6 +21,7 @@ from tests.fake_bundle import FakeEngine, write_fake_bundle
 TAGGED = [task for task in tasks.all() if task.grammar.strip()]
 BY_NAME = {"argvalues": TAGGED, "ids": lambda task: task.name}
 AVE = "Therefore, the events and time range are <event>dog, (2 7)</event>"
+WIDE = MediaContext(duration_s=100, window=Window(30.0, 54.2))
 SHORT = MediaContext(width=640, height=480, duration_s=22.4, window=Window(20.0, 30.0))
 
 
@@ -109,15 +108,18 @@ def test_a_short_limit_still_gives_a_whole_answer(grammars, task):
     for limit in (form.tokens + 1, form.tokens + 25):
         text = say(grammars, task, noise(grammars, limit, eager=1.0), limit=limit)
         assert not unreadable(task, text), text
-    with pytest.raises(InputError, match=f"task {task.name} needs .* --max-tokens"):
-        say(grammars, task, noise(grammars, 0), limit=max(1, form.tokens // 2))
+    few = max(1, form.tokens // 2)
+    with pytest.raises(InputError, match=f"task {task.name} takes {form.tokens} tokens, but only {few}"):
+        guide(grammars, task, MODEL_CONTEXT, few)
+    with pytest.raises(InputError, match=f"task {task.name} needs .* --max-tokens"):  # the cache is fuller
+        guide(grammars, task, MODEL_CONTEXT, 512).choose(noise(grammars, 0)(), few)
 
 
 @pytest.mark.parametrize("task", **BY_NAME)
 def test_an_opening_opens_every_sentence(grammars, task):
     shortest = grammars.form(task).shortest.decode()
     assert not task.opens or shortest.startswith(task.opens)
-    starts = grammars.vocabulary.allowed(grammars.form(task).matcher())
+    starts = np.flatnonzero(grammars.vocabulary.allowed(grammars.form(task).matcher()))
     firsts = {grammars.vocabulary.bytes_of(int(token)).decode()[:1] for token in starts}
     assert not task.opens or firsts <= {opening[0] for opening in task.opens}
 
@@ -167,8 +169,10 @@ def test_free_text_is_bounded(bundle, grammars):
 
 
 def test_events_start_inside_the_window(grammars):
-    assert start_seconds(MODEL_CONTEXT) == 10 and start_seconds(SHORT) == 3
-    assert start_seconds(MediaContext(duration_s=0.2)) == 1
+    assert window_seconds(MODEL_CONTEXT) == (10, 10) and window_seconds(SHORT) == (3, 10)
+    assert window_seconds(MediaContext(duration_s=0.2)) == (1, 10)
+    assert window_seconds(WIDE) == (25, 25)
+    assert window_seconds(MediaContext(duration_s=3600)) == (60, 60)
 
     def late(n, text):
         logits = np.zeros(grammars.vocabulary.size, np.float32)
@@ -199,12 +203,14 @@ def test_a_caption_is_never_empty(bundle, grammars):
     assert say(grammars, task, said_by(bundle, "a dog")) == "a dog"
 
 
-def test_only_the_rule_span_is_narrowed():
+def test_only_the_rule_span_is_fitted():
     lark = 'start: "<a>" span "b"\nspan: "(0 " "1)"\n    | "(9 " "10)"\nNAME: /span: x/\n'
-    narrow = for_window(lark, 2)
+    narrow, wide = for_window(lark, 2), for_window(lark, 25, 25)
     assert for_window(lark, 10) == lark and '"(1 " ("2)" |' in narrow and '"(2 ' not in narrow
     assert narrow.startswith('start: "<a>" span "b"\nspan: "(0 "') and narrow.endswith("\nNAME: /span: x/\n")
+    assert '"(24 " ("25)")' in wide and "spans" not in wide
     assert for_window('start: "x"\n', 2) == 'start: "x"\n'
+    assert "spans: span{1,12}\n" in for_window(tasks.get("ave").grammar, 25, 25)
 
 
 def test_repeated_parts_are_told_apart(grammars):
@@ -243,32 +249,34 @@ class Noisy(FakeEngine):
 
 def test_sessions_hold_answers_to_their_form(bundle, clip):
     session = Model(bundle, Noisy(bundle)).open(clip)
-    answers = session.ask(grammar=True)
+    answers = session.ask()
     assert {answer.task for answer in answers} >= {"ave", "avvp", "avcap"}
-    for answer in [*answers, session.ask("Is there a dog?", grammar=True)]:
+    for answer in [*answers, session.ask("Is there a dog?")]:
         assert answer.parsed and not any(isinstance(r, Unparsed) for r in answer.parsed), answer.raw
-    assert any(isinstance(r, Unparsed) for r in session.ask(task="ave", max_new_tokens=20).parsed)
+    assert any(
+        isinstance(r, Unparsed) for r in session.ask(task="ave", max_new_tokens=20, grammar=False).parsed
+    )
 
 
 def test_streams_and_prefixes_work_as_without(bundle, clip):
     model = Model(bundle, FakeEngine(bundle, "yes"))
-    stream = model.open(clip).stream("Is there a dog?", grammar=True)
+    stream = model.open(clip).stream("Is there a dog?")
     pieces = list(stream)
     assert len(pieces) > 1 and "".join(pieces) == stream.answer.raw
     (choice,) = stream.answer.parsed
     assert isinstance(choice, Choice) and stream.answer.raw.startswith("yes<answer>")
-    again = model.open(clip).ask("Is there a dog?")
+    again = model.open(clip).ask("Is there a dog?", grammar=False)
     assert again.raw == "yes" and again.timings.cached_tokens > 0, "the next question shares the prefix"
 
 
 def test_a_limit_that_shortens_is_noticed(bundle, clip):
     session = Model(bundle, Noisy(bundle)).open(clip)
-    answer = session.ask(task="ave", max_new_tokens=40, grammar=True)
+    answer = session.ask(task="ave", max_new_tokens=40)
     assert not any(isinstance(r, Unparsed) for r in answer.parsed)
     assert any("cut off after 40 tokens" in notice for notice in answer.notices) or answer.timings.tokens < 40
 
 
-def test_a_missing_package_names_the_extra(bundle, clip, monkeypatch):
+def test_a_missing_package_is_named(bundle, clip, monkeypatch):
     real = builtins.__import__
 
     def refuse(name, *args, **kwargs):
@@ -278,6 +286,6 @@ def test_a_missing_package_names_the_extra(bundle, clip, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     session = Model(bundle, FakeEngine(bundle, AVE)).open(clip)
-    with pytest.raises(DependencyError, match=r"crab-edge\[grammar\]"):
-        session.ask(task="ave", grammar=True)
-    assert session.ask(task="ave").raw == AVE, "without the flag it isn't needed"
+    with pytest.raises(DependencyError, match=r"pip install llguidance.* --no-grammar"):
+        session.ask(task="ave")
+    assert session.ask(task="ave", grammar=False).raw == AVE

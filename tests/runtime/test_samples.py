@@ -5,6 +5,8 @@ import pytest
 
 from crab_edge.clip import Clip
 from crab_edge.features import FeatureConfig, audio_chunks, audio_token_count, log_mel, patches
+from crab_edge.results import Box, Unparsed
+from crab_edge.session import load
 
 CFG = FeatureConfig()
 
@@ -48,3 +50,32 @@ def test_image_and_sound(samples_dir):
     assert (clip.images[0].width, clip.images[0].height) == (1280, 720)
     wave = clip.audios[0].waveform()
     assert wave.size == 80320 and audio_token_count(log_mel(wave, CFG).shape[1]) == 125
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    pytest.importorskip("onnxruntime")
+    return load(threads=2)
+
+
+def test_the_packaged_model_answers_every_task_in_its_form(packaged, samples_dir):
+    (path,) = (samples_dir / "ave").glob("*.mp4")
+    session = packaged.open(path)
+    with session.clip:
+        answers = session.ask()
+        assert {"ave", "avvp", "avcap"} <= {answer.task for answer in answers}
+        for answer in [*answers, session.ask("Is there a violin?"), session.ask("What is that?")]:
+            assert answer.parsed and not any(isinstance(r, Unparsed) for r in answer.parsed), answer.raw
+
+
+def test_the_packaged_model_names_and_points_at_what_sounds(packaged, samples_dir):
+    """Its own words leave out the name; held to the form, the answer has one and says that it was held."""
+    folder = samples_dir / "arig"
+    session = packaged.open(folder / "1.jpg", folder / "audio.wav")
+    with session.clip:
+        answer = session.ask(task="arig")
+    (box,) = answer.parsed
+    assert isinstance(box, Box) and box.label and answer.raw.startswith("The sounding object is ")
+    assert 0 <= box.x1 < box.x2 <= 1280 and 0 <= box.y1 < box.y2 <= 720
+    held = answer.timings.held_tokens
+    assert held == 0 or f"held to the task's form at {held} of" in answer.notices[-1]

@@ -2,15 +2,15 @@
 
 import random
 
+import llguidance
 import pytest
 
 from crab_edge import tasks
-from crab_edge.grammar import for_window, start_seconds
+from crab_edge.grammar import for_window, window_seconds
 from crab_edge.results import Unparsed
 from crab_edge.tasks import MODEL_CONTEXT, MediaContext
 from crab_edge.tasks import grammars as build
 
-llguidance = pytest.importorskip("llguidance")
 SENTENCES = 20
 GRAMMARS = {task.grammar: task for task in reversed(tasks.all()) if task.grammar}
 
@@ -53,10 +53,10 @@ def test_any_sentence_parses(tokenizer, task):
 
 
 @pytest.mark.parametrize("name", ["ave", "avvp"])
-@pytest.mark.parametrize("seconds", [0.4, 2.0, 7.3])
+@pytest.mark.parametrize("seconds", [0.4, 2.0, 7.3, 10.5, 36.0])
 def test_seconds_end_with_the_clip(tokenizer, name, seconds):
     task, context = tasks.get(name), MediaContext(duration_s=seconds)
-    grammar = for_window(task.grammar, start_seconds(context))
+    grammar = for_window(task.grammar, *window_seconds(context))
     assert grammar != task.grammar and build.spans() not in grammar
     chance = random.Random(seconds)
     for _ in range(5):
@@ -66,8 +66,8 @@ def test_seconds_end_with_the_clip(tokenizer, name, seconds):
 
 def test_the_whole_window_has_the_whole_grammar():
     task = tasks.get("ave")
-    for context in (MODEL_CONTEXT, MediaContext(duration_s=25.0)):
-        assert for_window(task.grammar, start_seconds(context)) == task.grammar
+    for context in (MODEL_CONTEXT, MediaContext(duration_s=9.3)):
+        assert for_window(task.grammar, *window_seconds(context)) == task.grammar
     assert for_window(tasks.get("avcap").grammar, 1) == ""
 
 
