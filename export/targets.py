@@ -28,7 +28,7 @@ LOWEST_SM = MappingProxyType({"fp16": 75, "bf16": 80, "int8": 75, "int4": 80, "f
 AHEAD_OF_TIME = "10.9"
 """The first TensorRT whose Python-defined plugins lie compiled in the engine."""
 
-KERNEL_SMS = (86, 87, 89, 90, 110, 120)
+KERNEL_SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 """Capabilities that the plugins' kernels are made for."""
 _RTX_SMS = (75, 80, 86, 89, 120, 121)
 _CUDA_SMS = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)

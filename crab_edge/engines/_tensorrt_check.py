@@ -24,9 +24,9 @@ AHEAD_OF_TIME = (10, 9)
 IN_PLACE = (10, 15)
 """The first TensorRT that updates a key/value cache in place, as every decoder engine here does."""
 PTX_DRIVER = (12, 5)
-PTX_DRIVER_OF = {110: (13, 0), 120: (12, 8)}
-"""The first CUDA release whose drivers compile the PTX of the plugins' kernels: ISA 8.5, and for some compute
-capabilities 9.0 and 8.7 (`crab_edge.ilora.triton_compile.ARCHITECTURES`)."""
+PTX_DRIVER_OF = {100: (12, 8), 103: (12, 9), 110: (13, 0), 120: (12, 8), 121: (12, 9)}
+"""The first CUDA release whose drivers compile the PTX of the plugins' kernels: ISA 8.5, and newer for
+newer cards (`crab_edge.ilora.triton_compile.ARCHITECTURES`)."""
 INSTALL = {
     "tensorrt": "on a Jetson it comes with JetPack (make the environment with `--system-site-packages`), "
     "elsewhere run `pip install 'crab-edge[tensorrt]'`",

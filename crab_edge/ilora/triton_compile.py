@@ -5,8 +5,8 @@ one int32 (rows M), the pointer to the output, then two that Triton appends (scr
 kernel here reads; `compile_kernel` makes sure of that, and that ptxas takes the text.
 
 The PTX version is pinned, because Triton writes the newest it knows and a driver refuses versions newer than
-itself: 8.5 (CUDA 12.5), 8.7 (CUDA 12.8) where the card needs it, 9.0 (CUDA 13.0) for sm_110, which older
-versions don't know.
+itself: 8.5 (CUDA 12.5), and for cards that it doesn't know 8.7 (CUDA 12.8), 8.8 (12.9) or, for sm_110, 9.0
+(CUDA 13.0).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from typing import Any
 from ..errors import CrabError, DependencyError, InputError
 from . import triton_tiles
 
-ARCHITECTURES: Mapping[int, int] = MappingProxyType({86: 85, 87: 85, 89: 85, 90: 85, 110: 90, 120: 87})
+ARCHITECTURES: Mapping[int, int] = MappingProxyType(
+    {80: 85, 86: 85, 87: 85, 89: 85, 90: 85, 100: 87, 103: 88, 110: 90, 120: 87, 121: 88}
+)
 """Compute capabilities that kernels are made for, with the lowest PTX version used for each."""
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 HIDDEN = 2

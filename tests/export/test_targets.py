@@ -42,7 +42,7 @@ def test_routes():
 
 
 @pytest.mark.parametrize(
-    "name", ["rtx", "jetson-orin", "jetson-thor", "cuda-sm86", "cuda-sm90", "cuda-sm120"]
+    "name", ["rtx", "jetson-orin", "jetson-thor", "cuda-sm80", "cuda-sm86", "cuda-sm90", "cuda-sm100", "cuda-sm121"]
 )
 @pytest.mark.parametrize("size", ["7b", "3b"])
 def test_the_default_recipe_suits_every_target(name, size):
@@ -61,8 +61,8 @@ def test_refusals_name_what_is_wrong_and_the_way_out():
     with pytest.raises(InputError, match=r"blocks of 32: tensorrt takes 64, 128.*--int4 dequantize out"):
         check(target("jetson-orin"), W4, SEVEN, int4="dequantize")
     check(target("jetson-orin"), WIDE, SEVEN, int4="dequantize")
-    with pytest.raises(InputError, match=r"no kernel for sm_80, only for 86, 87.*--engine onnxruntime"):
-        check(target("cuda-sm80"), W4, SEVEN)
+    with pytest.raises(InputError, match=r"no kernel for sm_75, only for 80, 86.*--engine onnxruntime"):
+        check(target("cuda-sm75"), recipe_for(SEVEN, bits=8), SEVEN)
     with pytest.raises(InputError, match=r"no plugins"):
         check(target("rtx"), W4, SEVEN, int4="plugin")
     with pytest.raises(InputError, match=r"blocks of 256: tensorrt_rtx takes.*--block 128"):
