@@ -109,11 +109,12 @@ def stitched(windows: Sequence[tuple[float, Sequence[Result]]]) -> list[Result]:
 
     Two events of one label and modality become one when the later one begins where the earlier one ends, or
     when they come from different windows and share a time: then it lasts from the first start to the last
-    end. What one window reports as overlapping stays as the model said it. Results of other types stay side
-    by side. The order is that of the text.
+    end. What one window reports as overlapping stays as the model said it, but for an event that it says
+    twice. Results of other types stay side by side. The order is that of the text.
     """
+    windows = [(begins_s, _once(results)) for begins_s, results in windows]
     if len(windows) == 1:
-        return list(windows[0][1])
+        return windows[0][1]
     out: list[Result | None] = []
     places: dict[tuple[str, str], list[tuple[int, int]]] = {}
     """Events that may still grow: place in `out` and the last window that spoke of them."""
@@ -139,6 +140,19 @@ def stitched(windows: Sequence[tuple[float, Sequence[Result]]]) -> list[Result]:
                     growing.append((other, last))
             places[result.label, result.modality] = [*growing, (place, number)]
     return [result for result in out if result is not None]
+
+
+def _once(results: Sequence[Result]) -> list[Result]:
+    """Without the events that are there already, to the second."""
+    seen: set[Event] = set()
+    out: list[Result] = []
+    for result in results:
+        if isinstance(result, Event):
+            if result in seen:
+                continue
+            seen.add(result)
+        out.append(result)
+    return out
 
 
 def _one_event(earlier: Event, later: Event, same_window: bool) -> bool:

@@ -42,7 +42,8 @@ def test_routes():
 
 
 @pytest.mark.parametrize(
-    "name", ["rtx", "jetson-orin", "jetson-thor", "cuda-sm80", "cuda-sm86", "cuda-sm90", "cuda-sm100", "cuda-sm121"]
+    "name",
+    ["rtx", "jetson-orin", "jetson-thor", "cuda-sm80", "cuda-sm86", "cuda-sm90", "cuda-sm100", "cuda-sm121"],
 )
 @pytest.mark.parametrize("size", ["7b", "3b"])
 def test_the_default_recipe_suits_every_target(name, size):

@@ -8,7 +8,7 @@ from crab_edge.asked import stitched
 from crab_edge.bundle import Bundle
 from crab_edge.clip import Clip, Window
 from crab_edge.errors import InputError
-from crab_edge.results import Box, Caption, Event
+from crab_edge.results import Box, Caption, Choice, Event
 from crab_edge.session import Model, Session
 from tests import media
 from tests.fake_bundle import FakeEngine, write_fake_bundle
@@ -58,6 +58,12 @@ def test_an_event_grows_through_many_windows():
 
 def test_one_window_stays_as_it_is():
     assert stitched([(0.0, [dog(0, 2), dog(2, 4)])]) == [dog(0, 2), dog(2, 4)]
+
+
+def test_an_event_said_twice_is_one():
+    said = [dog(0, 2), Choice("dog"), dog(0, 2), dog(0, 3), Choice("dog")]
+    assert stitched([(0.0, said)]) == [dog(0, 2), Choice("dog"), dog(0, 3), Choice("dog")]
+    assert stitched([(0.0, said), (10.0, [dog(12, 13), dog(12, 13)])])[-1] == dog(12, 13)
 
 
 def test_windows_with_a_stride(long):
