@@ -11,6 +11,8 @@ itself: 8.5 (CUDA 12.5), and for cards that it doesn't know 8.7 (CUDA 12.8), 8.8
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import warnings
 from collections.abc import Mapping
@@ -210,14 +212,26 @@ def _compile(
     sm: int,
     options: dict[str, int],
 ) -> Any:
-    from triton import compile as triton_compile
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime.errors import PTXASError
 
     source = ASTSource(function, signature, constants, attributes)
-    with warnings.catch_warnings():
+    # Triton prints what ptxas refuses, before it raises; the reason stands in the error.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        return triton_compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+        try:
+            return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+        except PTXASError as error:
+            said = (" ".join(line.split()) for line in str(error).splitlines())
+            reason = next(
+                (line for line in said if "fatal :" in line or "error :" in line), "no reason given"
+            )
+            raise CrabError(
+                f"the ptxas of triton {triton.__version__} refuses the kernel for sm_{sm} ({reason}); "
+                "run `pip install -U triton`"
+            ) from None
 
 
 def _check_hidden(ptx: str, visible: int) -> None:

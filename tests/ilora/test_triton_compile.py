@@ -119,3 +119,20 @@ def test_stacked_linears_begin_at_a_tile():
         assert not any(split % tile.rows for split in splits)
     with pytest.raises(CrabError, match="multiples of 16"):
         triton_tiles.linear_tile(1, 64, 4352, 4, 128, (24,))
+
+
+def test_an_older_ptxas_is_named(monkeypatch):
+    import triton
+    from triton.runtime.errors import PTXASError
+
+    def refuse(*_, **__):
+        print("a whole listing of the PTX")
+        raise PTXASError("stderr:\nptxas fatal   : Value 'sm_110a' is not defined for option 'gpu-name'\n")
+
+    monkeypatch.setattr(triton, "compile", refuse)
+    constants = triton_compile.experts_constants(1, 64, 64, 8, 32)
+    with pytest.raises(
+        CrabError, match=r"sm_110 \(ptxas fatal : Value 'sm_110a'.*install -U triton"
+    ) as caught:
+        triton_compile.compile_kernel("experts", 110, constants=constants, dtype="float16")
+    assert "\n" not in str(caught.value)
