@@ -112,13 +112,13 @@ def stitched(windows: Sequence[tuple[float, Sequence[Result]]]) -> list[Result]:
     end. What one window reports as overlapping stays as the model said it, but for an event that it says
     twice. Results of other types stay side by side. The order is that of the text.
     """
-    windows = [(begins_s, _once(results)) for begins_s, results in windows]
-    if len(windows) == 1:
-        return windows[0][1]
+    said = [(begins_s, _once(results)) for begins_s, results in windows]
+    if len(said) == 1:
+        return said[0][1]
     out: list[Result | None] = []
     places: dict[tuple[str, str], list[tuple[int, int]]] = {}
     """Events that may still grow: place in `out` and the last window that spoke of them."""
-    for number, (begins_s, results) in enumerate(windows):
+    for number, (begins_s, results) in enumerate(said):
         for result in results:
             place = len(out)
             out.append(result)
