@@ -66,9 +66,12 @@ class Request:
         DependencyError without llguidance; InputError where no answer of a task is as short as
         `max_new_tokens`.
         """
-        for name in self.tasks if self.grammar else ():
-            if (task := task_registry.get(name)).grammar:
-                model.grammars().form(task, limit=self.max_new_tokens)
+        if not self.grammar:
+            return
+        forms = model.grammars()
+        for task in map(task_registry.get, self.tasks):
+            if task.grammar.strip():
+                forms.form(task, limit=self.max_new_tokens)
 
     @property
     def stride(self) -> float:

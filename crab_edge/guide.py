@@ -10,7 +10,7 @@ cuts it in the middle.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -71,17 +71,20 @@ class FreeText:
     """Free text all along; it only may not end, or stay invisible, before there is any."""
 
     finished = shortened = False
+    # So many spaces and quotation marks may stand before the text.
+    _LEADING, _MARKS = 4, " \n\"'\u201c\u2018"
 
     def __init__(self, vocabulary: Vocabulary, readable: Callable[[bytes], bool]) -> None:
         self.held = 0
         self._vocabulary, self._readable = vocabulary, readable
         self._text = b""
         self._begun = False
+        self._leading = 0
 
     def choose(self, logits: NDArray[np.float32], remaining: int) -> int:
         """See `Guide`."""
         token = int(np.argmax(logits))
-        if not self._begun and not self._begins(token):
+        if not self._begun and not self._begins(token) and not self._leads(token):
             token = next((int(i) for i in np.argsort(-logits, kind="stable") if self._begins(int(i))), token)
             self.held += 1
         if not self._begun:
@@ -90,8 +93,13 @@ class FreeText:
         return token
 
     def _begins(self, token: int) -> bool:
-        said = self._vocabulary.bytes_of(token).decode("utf-8", "ignore").strip()
+        said = self._vocabulary.bytes_of(token).decode("utf-8", "ignore").strip(self._MARKS)
         return token not in self._vocabulary.eos_ids and said[:1].isalnum()
+
+    def _leads(self, token: int) -> bool:
+        said = self._vocabulary.bytes_of(token).decode("utf-8", "ignore")
+        self._leading += 1
+        return bool(said) and not said.strip(self._MARKS) and self._leading <= self._LEADING
 
 
 class Tagged:
@@ -116,7 +124,7 @@ class Tagged:
         self._opens = tuple(opening.encode() for opening in task.opens)
         self._readable = readable
         self._matcher: Any = form.matcher()
-        self._text = b""
+        self._text = self._tagged = b""
         self._free = bool(self._opens)
         # Half of a short limit, or enough of a long one, is kept for the tagged part.
         kept = max(form.tokens + 1, min(_CAREFUL, limit // 2))
@@ -139,17 +147,34 @@ class Tagged:
                 self._free_left -= 1
                 return own
             self._open()
-        allowed = self._vocabulary.allowed(self._matcher)
-        best = own if allowed[own] else int(np.argmax(np.where(allowed, logits, -np.inf)))
-        token = best if remaining > _CAREFUL else self._fitting(best, logits, allowed, remaining)
-        self.held += token != own
+        if self._vocabulary.allows(self._matcher, own):
+            best = own
+        elif self._matcher.is_accepting():
+            # Whatever the model adds to a whole answer isn't part of it, and no reason for another event.
+            return self._vocabulary.eos_ids[0]
+        else:
+            best = self._best(logits)
+        token = best if remaining > _CAREFUL else self._fitting(best, logits, remaining)
+        self.held += self._differ(token, own)
         if token in self._vocabulary.eos_ids:
             return token
         if self._way is not None:
             self._way = self._way[1:] if self._way and self._way[0] == token else None
         if not self._matcher.consume_token(token):
             raise EngineError(f"llguidance gave up: {' '.join(self._matcher.get_error().split())}")
+        self._tagged += self._vocabulary.bytes_of(token)
         return token
+
+    def _differ(self, token: int, own: int) -> bool:
+        """Whether two tokens say different things: not where both are mere marks."""
+        if token == own:
+            return False
+        said = self._vocabulary.bytes_of(token) + self._vocabulary.bytes_of(own)
+        return own in self._vocabulary.eos_ids or any(chr(byte).isalnum() for byte in said)
+
+    def _best(self, logits: NDArray[np.float32]) -> int:
+        """The best token that the grammar allows."""
+        return int(np.argmax(np.where(self._vocabulary.allowed(self._matcher), logits, -np.inf)))
 
     def _goes_on(self, token: int) -> bool:
         """Takes a token of free text, or the one that completes an opening; False if it may not be said."""
@@ -168,7 +193,7 @@ class Tagged:
             return False
         if not self._readable(text[:at] + self._form.shortest):
             return False
-        self._matcher, self._free, self._text = matcher, False, text
+        self._matcher, self._free, self._tagged = matcher, False, text[at:]
         return True
 
     def _open(self) -> None:
@@ -180,28 +205,24 @@ class Tagged:
                 ids = self._vocabulary.ids(tail)
                 matcher = self._form.matcher()
                 if matcher.try_consume_tokens(ids) == len(ids):
-                    self._matcher = matcher
+                    self._matcher, self._tagged = matcher, tail
                     return
 
-    def _fitting(
-        self, best: int, logits: NDArray[np.float32], allowed: NDArray[np.bool_], remaining: int
-    ) -> int:
+    def _fitting(self, best: int, logits: NDArray[np.float32], remaining: int) -> int:
         """The best token after which the rest of the form still fits into the limit."""
         if self._way is None:
-            self._way = self._vocabulary.completion(self._matcher)
+            self._way = self._form.completion(self._tagged)
         if len(self._way) > remaining:
             raise InputError(
                 f"the shortest answer of task {self._name} needs {len(self._way)} more tokens, but "
                 f"{remaining} are left; allow more with --max-tokens, or give a shorter clip or question"
             )
-        choices = np.flatnonzero(allowed)
-        order = choices[np.argsort(-logits[choices], kind="stable")[:_TRIES]]
-        for token in map(int, order):
+        for token in self._tries(best, logits):
             if token in self._vocabulary.eos_ids or self._way[:1] == [token]:
                 break
             after = self._matcher.deep_copy()
             after.consume_token(token)
-            rest = self._rest(after, remaining - 1)
+            rest = self._rest(after, token, remaining - 1)
             if rest is not None:
                 self._way = [token, *rest]
                 break
@@ -210,8 +231,15 @@ class Tagged:
         self.shortened |= token != best
         return token
 
-    def _rest(self, after: Any, most: int) -> list[int] | None:
-        """At most so many tokens that complete the answer from there; None when that isn't found."""
+    def _tries(self, best: int, logits: NDArray[np.float32]) -> Iterator[int]:
+        """The few best tokens that the grammar allows, in order; the first is known."""
+        yield best
+        allowed = np.flatnonzero(self._vocabulary.allowed(self._matcher))
+        order = allowed[np.argsort(-logits[allowed], kind="stable")[:_TRIES]]
+        yield from (int(token) for token in order if token != best)
+
+    def _rest(self, after: Any, token: int, most: int) -> list[int] | None:
+        """At most so many tokens that complete the answer after `token`; None when that isn't found."""
         # Most tokens leave the way as it was but for its first steps; searching costs a hundred times more.
         way = self._way or []
         for step in range(len(way)):
@@ -220,5 +248,5 @@ class Tagged:
                 end = after.deep_copy()
                 if end.consume_tokens(tail) and end.is_accepting():
                     return tail
-        rest = self._vocabulary.completion(after)
+        rest = self._form.completion(self._tagged + self._vocabulary.bytes_of(token))
         return rest if len(rest) <= most else None

@@ -76,7 +76,12 @@ def load(
 
 
 class Model:
-    """A bundle on an engine. One answer at a time: a second thread waits for the first one's answer."""
+    """A bundle on an engine. One answer at a time: a second thread waits for the first one's answer.
+
+    `grammar`: whether answers are held to their task's form where a request doesn't say.
+    """
+
+    grammar = True
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle = bundle
@@ -214,7 +219,7 @@ class Session:
         frame: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
-        grammar: bool = True,
+        grammar: bool | None = None,
         router: bool = False,
     ) -> Answer | list[Answer]:
         """One answer to a question or a task; with neither, the answers of every task that applies.
@@ -223,9 +228,10 @@ class Session:
         same (data sets of one kind), the first is asked. `frame`: which of the five or ten equal parts of its
         video's sound a picture belongs to, for the tasks that hear one part of it. `grammar`: the tagged
         part of an answer is held to its task's form, so that it always parses (unless it is `cancelled`
-        half-way); without, it is what the model says, and may be `Unparsed`. With `router` the answer holds
-        the weights of the decoder's routers for every token (`crab_edge.router.RouterTrace`), from a pass
-        over prompt and answer after each window's text; a window whose text was `cancelled` has none.
+        half-way); without, it is what the model says, and may be `Unparsed`; default: the model's `grammar`.
+        With `router` the answer holds the weights of the decoder's routers for every token
+        (`crab_edge.router.RouterTrace`), from a pass over prompt and answer after each window's text; a
+        window whose text was `cancelled` has none.
 
         Raises TaskError for a task that is unknown, doesn't take this clip, or needs a question;
         DependencyError for `grammar` without llguidance; InputError where no answer is as short as
@@ -255,7 +261,7 @@ class Session:
         frame: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
-        grammar: bool = True,
+        grammar: bool | None = None,
         router: bool = False,
     ) -> list[Answer]:
         """Several tasks, answered in the order given; `question` and `frame` go to those that use them.
@@ -293,7 +299,7 @@ class Session:
         frame: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         cancelled: Callable[[], bool] | None = None,
-        grammar: bool = True,
+        grammar: bool | None = None,
         router: bool = False,
     ) -> Stream:
         """Like `ask` for one question or task, as a stream of text; the request is checked at once."""
@@ -310,9 +316,10 @@ class Session:
         frame: int | None,
         limit: int,
         cancelled: Callable[[], bool] | None,
-        grammar: bool,
+        grammar: bool | None,
         router: bool,
     ) -> Asked:
+        grammar = self.model.grammar if grammar is None else grammar
         task = tasks.get(name)
         reason = misfit(self.clip, task)
         if reason is not None:
@@ -335,7 +342,9 @@ class Session:
             notices.append(f"{model.name} wasn't trained on {task.name} (but on {known}); expect nonsense")
         instruction = task.prompt(question)
         if grammar:
-            self.model.grammars()
+            forms = self.model.grammars()
+            if task.grammar.strip():
+                forms.form(task, context(self.clip, recipe, self._windows(recipe)[0]), limit)
         if router:
             self.model.traceable()
         how = (limit, cancelled, notices, frame, grammar, router)

@@ -53,6 +53,9 @@ def command(
     max_mb: Annotated[float, typer.Option(help="Largest file that may be uploaded, in MB.")] = 200.0,
     max_minutes: Annotated[float, typer.Option(help="Longest clip.")] = 10.0,
     waiting: Annotated[int, typer.Option(min=1, help="Questions that may wait for the model.")] = 8,
+    grammar: Annotated[
+        bool, typer.Option("--grammar/--no-grammar", help="Hold answers to their task's form.")
+    ] = True,
 ) -> None:
     """Serve a page for asking about clips; nothing on it comes from or goes to the internet."""
     from crab_edge_apps.demo.server import Settings, serve
@@ -70,5 +73,6 @@ def command(
             max_mb=max_mb,
             max_minutes=max_minutes,
             waiting=waiting,
+            grammar=grammar,
         )
     )

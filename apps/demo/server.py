@@ -38,6 +38,7 @@ class Settings:
     max_mb: float = 200.0
     max_minutes: float = 10.0
     waiting: int = 8
+    grammar: bool = True
 
     def check(self) -> None:
         """InputError for what can't be."""
@@ -161,7 +162,11 @@ def _announce(server: Server) -> None:
 def _load(settings: Settings) -> Any:
     import crab_edge
 
-    return crab_edge.load(settings.bundle, settings.engine, threads=settings.threads)
+    model = crab_edge.load(settings.bundle, settings.engine, threads=settings.threads)
+    model.grammar = settings.grammar
+    if model.grammar:
+        model.grammars()
+    return model
 
 
 def _quiet_gradio() -> None:

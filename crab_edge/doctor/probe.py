@@ -61,6 +61,7 @@ def _ask(engine: str, bundle: Path, clip: Path, say: Say) -> None:
     if engine.startswith("tensorrt:"):
         name = f"tensorrt:{_target(opened, engine.partition(':')[2])}"
     model = crab_edge.load(opened, name)
+    model.grammars()
     answer = model.open(clip).ask(QUESTION, max_new_tokens=_TOKENS, grammar=False)
     assert not isinstance(answer, list)
     described = model.engine.describe()

@@ -230,7 +230,7 @@ def _compile(
             )
             raise CrabError(
                 f"the ptxas of triton {triton.__version__} refuses the kernel for sm_{sm} ({reason}); "
-                "run `pip install -U triton`"
+                "run `pip install -U torch triton` (3.9 knows every card that kernels are made for)"
             ) from None
 
 

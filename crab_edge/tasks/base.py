@@ -128,8 +128,9 @@ class Task:
     - `parse(text, context)`: typed results in clip seconds and original pixels; what doesn't parse is
       `Unparsed(reason)`. Never raises; linear time. `render(results, context)` is its inverse.
     - `form`: the tagged part for people. `grammar`: the same in Lark (llguidance's dialect), "" for free
-      text; every sentence of it parses. Its rules `spans` and `span`, "(S E)" in whole seconds, are fitted to
-      the window. `opens`: strings that begin the tagged part; free text may stand before it.
+      text; every sentence of it parses. Its rule `span`, "(S E)" in whole seconds, and `spans` after it,
+      both as `grammars.spans()` writes them, are fitted to the window. `opens`: strings that begin the
+      tagged part; free text may stand before it.
     - `finish(results, picture)`: adds what takes the picture's pixels, such as masks.
     - `truth(record)`: results of an AV-UIE v2 test record in the model's own coordinates; None = the record
       isn't scored; `truth_files`: fields that may name its mask. `question(record)`: what fills the slot.

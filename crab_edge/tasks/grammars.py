@@ -15,10 +15,11 @@ WINDOW_SECONDS = 10
 LONGEST_SECONDS = 60
 SIDE = 224
 
-_EDGE = r"[A-Za-z0-9]"
-_INNER = r"[A-Za-z0-9 ,'_\/\-]"
-#: An open label of up to 60 characters, with one word in brackets at most ("Frying (food)").
-LABEL = rf"/[A-Za-z]({_INNER}{{0,44}}{_EDGE})?([ _]\([a-z]{{1,12}}\))?/"
+#: An open label of up to 60 characters, with one word in brackets at most ("Frying (food)"). No digits, and
+#: commas only before a space: else a name would take in the seconds where their brackets are forgotten.
+LABEL = r"/[A-Za-z]((, |[A-Za-z '_\/\-]){0,44}[A-Za-z])?([ _]\([a-z]{1,12}\))?/"
+#: What may stand between two tags, and after the last: the parsers pass it over.
+SEPARATOR = r"/[,;.]([ \n](and )?)?|[ \n](and )?/"
 #: A label that doesn't itself begin the next sentence about an object.
 OBJECT = rf"{LABEL} & ~/(?i:.*object.*)/"
 #: An open answer: a word, a number, an option.

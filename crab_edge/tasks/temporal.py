@@ -145,15 +145,15 @@ def _truth_avvp(record: Record) -> Parsed:
 _AVE_INSTRUCTION = "Please describe the events and time range that occurred in the video."
 _AVE_FORM = "<event>LABEL, (S E)(S E)</event>, ... ; S < E whole seconds, E exclusive"
 _AVE_GRAMMAR = (
-    'start: event (", " event){0,5}\n'
+    "start: event (BETWEEN? event){0,5} BETWEEN?\n"
     'event: "<event>" NAME spans "</event>"\n'
-    f'NAME: {grammars.LABEL} ", "\n{grammars.spans()}'
+    f'NAME: {grammars.LABEL} ", "\nBETWEEN: {grammars.SEPARATOR}\n{grammars.spans()}'
 )
 _AVVP_GRAMMAR = (
-    "start: seen{1,6} heard{0,6} | heard{1,6}\n"
+    "start: (seen | heard) (BETWEEN? (seen | heard)){0,11} BETWEEN?\n"
     'seen: "<visual_event>" NAME spans "</visual_event>"\n'
     'heard: "<audio_event>" NAME spans "</audio_event>"\n'
-    f'NAME: {grammars.LABEL} ","\n{grammars.spans()}'
+    f'NAME: {grammars.LABEL} ","\nBETWEEN: {grammars.SEPARATOR}\n{grammars.spans()}'
 )
 
 TASKS = (

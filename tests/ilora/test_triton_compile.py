@@ -132,7 +132,7 @@ def test_an_older_ptxas_is_named(monkeypatch):
     monkeypatch.setattr(triton, "compile", refuse)
     constants = triton_compile.experts_constants(1, 64, 64, 8, 32)
     with pytest.raises(
-        CrabError, match=r"sm_110 \(ptxas fatal : Value 'sm_110a'.*install -U triton"
+        CrabError, match=r"sm_110 \(ptxas fatal : Value 'sm_110a'.*install -U torch triton"
     ) as caught:
         triton_compile.compile_kernel("experts", 110, constants=constants, dtype="float16")
     assert "\n" not in str(caught.value)

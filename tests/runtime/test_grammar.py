@@ -9,7 +9,8 @@ import pytest
 from crab_edge import tasks
 from crab_edge.bundle import Bundle, default_bundle
 from crab_edge.clip import Window
-from crab_edge.errors import DependencyError, InputError, TaskError
+from crab_edge.completion import Completer
+from crab_edge.errors import DependencyError, EngineError, InputError, TaskError
 from crab_edge.grammar import Grammars, for_window, window_seconds
 from crab_edge.guide import FREE_TOKENS, guide
 from crab_edge.results import Box, Choice, Event, Unparsed
@@ -171,12 +172,14 @@ def test_free_text_is_bounded(bundle, grammars):
 def test_events_start_inside_the_window(grammars):
     assert window_seconds(MODEL_CONTEXT) == (10, 10) and window_seconds(SHORT) == (3, 10)
     assert window_seconds(MediaContext(duration_s=0.2)) == (1, 10)
-    assert window_seconds(WIDE) == (25, 25)
+    assert window_seconds(WIDE) == (24, 24)
+    for seconds in (10.0078, 7 * 1.1 + 10 - 7 * 1.1, 10.9):
+        assert window_seconds(MediaContext(duration_s=seconds)) == (10, 10)
     assert window_seconds(MediaContext(duration_s=3600)) == (60, 60)
 
     def late(n, text):
         logits = np.zeros(grammars.vocabulary.size, np.float32)
-        logits[[grammars.vocabulary.byte_ids[byte] for byte in b"9"]] = 1
+        logits[grammars.vocabulary.ids(b"9")] = 1
         return logits
 
     events = tasks.get("ave").parse(say(grammars, tasks.get("ave"), late, SHORT), SHORT)
@@ -213,14 +216,39 @@ def test_only_the_rule_span_is_fitted():
     assert "spans: span{1,12}\n" in for_window(tasks.get("ave").grammar, 25, 25)
 
 
-def test_repeated_parts_are_told_apart(grammars):
+def test_repeated_parts_are_told_apart():
     point = 'point: "[" NUMBER "," NUMBER "]"\nNUMBER: /[0-9]{1,2}/\n'
     for lark, text in (
         (f'start: point "," point "," point "."\n{point}', b"[0,0],[0,0],[0,0]."),
         (f'start: "a" NAME ("," DIGIT){{6}}\nNAME: /[a-z]+/\nDIGIT: /[0-9]/\n{point}', b"az,0,0,0,0,0,0"),
     ):
-        found = grammars.vocabulary.completion(grammars.vocabulary.compile(lark))
-        assert b"".join(map(grammars.vocabulary.bytes_of, found)) == text
+        assert Completer(lark).after(b"") == text
+
+
+def test_a_completion_goes_on_where_the_text_stands():
+    completer = Completer(tasks.get("arig").grammar)
+    begun = b"The sounding object is big dog. Its coordinates are <obj>(150,"
+    assert completer.after(begun) == b"0)(151,1)</obj>."
+    assert completer.after(begun + b"0)(151,1)</obj>.") == b""
+    with pytest.raises(EngineError, match="doesn't allow 'A dog'"):
+        completer.after(b"A dog")
+    with pytest.raises(EngineError, match="bound its repetitions"):
+        Completer('start: "a" start').after(b"")
+
+
+@pytest.mark.parametrize("name", ["ave", "arig", "meld"])
+def test_one_token_is_judged_as_by_the_whole_mask(grammars, name):
+    """Where the bytes are certain the mask holds the longest tokens only; shorter ones say the same."""
+    form, vocabulary = grammars.form(tasks.get(name)), grammars.vocabulary
+    matcher = form.matcher()
+    for token in vocabulary.ids(form.shortest):
+        allowed = vocabulary.allowed(matcher)
+        judged = np.array([vocabulary.allows(matcher, i) for i in range(vocabulary.size)])
+        assert not np.any(allowed & ~judged)
+        certain = matcher.compute_ff_bytes()
+        assert all(certain.startswith(vocabulary.bytes_of(i)) for i in np.flatnonzero(judged & ~allowed))
+        assert matcher.consume_token(token)
+    assert all(vocabulary.allows(matcher, token) for token in vocabulary.eos_ids)
 
 
 def test_wrong_declarations_are_named(grammars):
@@ -258,6 +286,25 @@ def test_sessions_hold_answers_to_their_form(bundle, clip):
     )
 
 
+def test_a_model_may_be_told_not_to_hold_answers(bundle, clip):
+    model = Model(bundle, FakeEngine(bundle, "yes"))
+    model.grammar = False
+    assert model.open(clip).ask("Is there a dog?").raw == "yes"
+    assert model.open(clip).ask("Is there a dog?", grammar=True).raw.startswith("yes<answer>")
+
+
+def test_a_limit_that_no_answer_fits_is_refused_before_anything_is_read(bundle, clip):
+    engine = FakeEngine(bundle, AVE)
+    session = Model(bundle, engine).open(clip)
+    for ask in (
+        lambda: session.stream(task="ave", max_new_tokens=5),
+        lambda: session.ask_all(["avcap", "ave"], max_new_tokens=5),
+    ):
+        with pytest.raises(InputError, match="task ave takes"):
+            ask()
+    assert engine.forwards == []
+
+
 def test_streams_and_prefixes_work_as_without(bundle, clip):
     model = Model(bundle, FakeEngine(bundle, "yes"))
     stream = model.open(clip).stream("Is there a dog?")
@@ -289,3 +336,38 @@ def test_a_missing_package_is_named(bundle, clip, monkeypatch):
     with pytest.raises(DependencyError, match=r"pip install llguidance.* --no-grammar"):
         session.ask(task="ave")
     assert session.ask(task="ave", grammar=False).raw == AVE
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "kept"),
+    [
+        ("ave", "<event>dog, (0 2)</event>.", "<event>dog, (0 2)</event>."),
+        ("ave", "<event>dog, (0 2)</event>! So", "<event>dog, (0 2)</event>"),
+        ("ave", "<event>dog, (0 2)</event>\n<event>cat, (1 2)</event>", None),
+        ("ave", "<event>dog, (0,2)</event>", "<event>dog, (0 2)</event>"),
+        ("avvp", "<audio_event>dog,(0 2)</audio_event> <visual_event>dog,(1 2)</visual_event>", None),
+        ("avqa", "<answer>yes</answer>.", "<answer>yes</answer>"),
+    ],
+)
+def test_marks_alone_are_no_reason_to_trust_it_less(bundle, grammars, name, said, kept):
+    steered, ids, logits = guide(grammars, tasks.get(name), MODEL_CONTEXT, 512), [], said_by(bundle, said)
+    while not steered.finished and (not ids or ids[-1] not in grammars.vocabulary.eos_ids):
+        ids.append(steered.choose(logits(len(ids), ""), 512 - len(ids)))
+    assert b"".join(map(grammars.vocabulary.bytes_of, ids)).decode() == (kept or said)
+    assert steered.held == 0
+
+
+def test_forgotten_brackets_dont_become_a_name(bundle, grammars):
+    """The seconds that should stand in brackets are no part of the label."""
+    text = say(grammars, tasks.get("ave"), said_by(bundle, "<event>duck,0 3 seconds</event>"))
+    label = tasks.get("ave").parse(text, MODEL_CONTEXT)[0].label
+    assert label.startswith("duck") and not any(char.isdigit() for char in label), text
+
+
+@pytest.mark.parametrize(
+    "said", ['"A dog" barks', " A dog barks", '"', "<answer>dog</answer>", "\n\n\n\n\n\n\n"]
+)
+def test_a_caption_may_begin_with_marks(bundle, grammars, said):
+    text = say(grammars, tasks.get("avcap"), said_by(bundle, said))
+    assert not unreadable(tasks.get("avcap"), text)
+    assert "dog" not in said or said[0] == "<" or text == said
