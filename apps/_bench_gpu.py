@@ -81,9 +81,7 @@ def command(
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-    unknown = [name for name in names if name not in KNOWN]
-    if unknown:
-        raise InputError(f"--shape {unknown[0]}: with --gpu expected one of {', '.join(KNOWN)}")
+    _known(names)
     card = open_card(device)
     from crab_edge_apps._bench_gpu_weights import random_model
 
@@ -125,6 +123,50 @@ def command(
     missed = [bar for shape in result["shapes"] for bar in shape["bars"] if bar["met"] is False]
     if check and missed:
         raise CheckError(f"bench --gpu: {'; '.join(map(judging.described, missed))}")
+
+
+def tiles_command(names: Sequence[str], settings: Settings, device: str, *, as_json: bool = False) -> None:
+    """Tries other tiles for the decode kernels of random decoders; prints what was found.
+
+    InputError for a shape that doesn't exist and for the CPU, where no kernel is launched.
+    """
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    _known(names)
+    card = open_card(device)
+    if not card.real:
+        raise InputError("--tiles needs a GPU: on a CPU no kernel is launched")
+    from crab_edge_apps import _bench_gpu_tiles
+    from crab_edge_apps._bench_gpu_weights import random_model
+
+    form, copier = settings.forms[0], Copier(card)
+    copy = timing.Timed("copy", copier)
+    timing.measure([copy], settings.rounds, card)
+    bandwidth = max(copier.moved_bytes / seconds for seconds in copy.seconds)
+    result: dict[str, Any] = {"card": facts(card), "copy_gigabytes_per_s": bandwidth / 1e9, "shapes": []}
+    with Bar(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting")
+        for name in names:
+
+            def progress(doing: str, done: int, of: int, name: str = name) -> None:
+                bar.update(task, description=f"{name}: {doing}", completed=done, total=of)
+
+            model = random_model(KNOWN[name], form, card.device, block=settings.block, seed=settings.seed)
+            parts = _bench_gpu_tiles.sweep(model, card, settings.rounds, progress=progress)
+            result["shapes"].append(
+                {"shape": name, "form": form, "block": model.recipe.block, "parts": parts}
+            )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _bench_gpu_tiles.show(result)
+
+
+def _known(names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in KNOWN]
+    if unknown:
+        raise InputError(f"--shape {unknown[0]}: with --gpu expected one of {', '.join(KNOWN)}")
 
 
 def show(result: dict[str, Any]) -> None:

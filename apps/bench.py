@@ -70,6 +70,12 @@ def command(
     plot: Annotated[
         Path | None, typer.Option(help="With --gpu: draw the shares of bandwidth into this PNG.")
     ] = None,
+    tiles: Annotated[
+        bool,
+        typer.Option(
+            "--tiles", help="With --gpu: try other tiles for the decode kernels instead, and print the best."
+        ),
+    ] = False,
     ask: Annotated[
         bool, typer.Option("--ask", help="Time `ask` on a clip instead, cold start included.")
     ] = False,
@@ -110,11 +116,19 @@ def command(
             raise InputError("--plot draws random decoders: add --shape")
         chosen = {"forms": tuple(experts or ()), "block": block, "context": context, "prefill": prefill}
         settings_ = _bench_gpu.settings(device, rounds, **chosen)
+        if tiles:
+            if target is not None or plot is not None or check:
+                raise InputError(
+                    "--tiles takes --shape, --experts, --block, --rounds, --device and --json alone"
+                )
+            _bench_gpu.tiles_command(shape or ["7b"], settings_, device, as_json=as_json)
+            return
         names = shape or ([] if target else ["7b", "3b", "nano"])
         _bench_gpu.command(names, settings_, device, bundle=target, as_json=as_json, check=check, plot=plot)
         return
-    if plot is not None or device != "cuda":
-        raise InputError(f"{'--plot' if plot is not None else '--device'} goes with --gpu")
+    for name, given in (("--plot", plot is not None), ("--device", device != "cuda"), ("--tiles", tiles)):
+        if given:
+            raise InputError(f"{name} goes with --gpu")
     threads = threads or len(os.sched_getaffinity(0))
     if ask:
         from crab_edge_apps import _bench_ask

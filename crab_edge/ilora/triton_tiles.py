@@ -56,7 +56,9 @@ def linear_tile(
     if rows < 16:
         raise CrabError(f"linears of one weight begin at rows {splits}, expected multiples of 16")
     columns = _columns(m)
-    stage = max(_stage(rows, columns, bits, block), _stage(rows, columns, *beside) if beside[0] else 0)
+    stage = max(
+        stage_bytes(rows, columns, bits, block), stage_bytes(rows, columns, *beside) if beside[0] else 0
+    )
     return _tile(rows, columns, stage, chunks, bits, block)
 
 
@@ -71,7 +73,7 @@ def route_tile(m: int, k: int, bits: int, block: int, rank: int, experts: int, g
         # The more programs, the more multiprocessors read at once, and the more often R is read.
         parts = max(parts, min(32 if groups == 1 else 16, rank))
     columns = _columns(m)
-    stage = _stage(rows, columns, bits, block)
+    stage = stage_bytes(rows, columns, bits, block)
     chunks = (8 if k < 8192 else 16) if decode else 1
     return _tile(rows, columns, stage, chunks, bits, block, -(-rank // parts))
 
@@ -85,7 +87,7 @@ def _columns(m: int) -> int:
     return next((size for size in (1, DECODE, 16, 32) if m <= size), PREFILL)
 
 
-def _stage(rows: int, columns: int, bits: int, block: int) -> int:
+def stage_bytes(rows: int, columns: int, bits: int, block: int) -> int:
     """Bytes of shared memory that one chunk takes: codes, 16-bit activations, scales."""
     size = chunk_bytes(bits, block)
     return size * rows + size * 8 // bits * columns * 2 + 4 * rows
