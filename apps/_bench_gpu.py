@@ -128,7 +128,8 @@ def command(
 def tiles_command(names: Sequence[str], settings: Settings, device: str, *, as_json: bool = False) -> None:
     """Tries other tiles for the decode kernels of random decoders; prints what was found.
 
-    InputError for a shape that doesn't exist and for the CPU, where no kernel is launched.
+    InputError for a shape that doesn't exist or doesn't suit, several forms of experts, and the CPU, where no
+    kernel is launched.
     """
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -140,19 +141,23 @@ def tiles_command(names: Sequence[str], settings: Settings, device: str, *, as_j
     from crab_edge_apps import _bench_gpu_tiles
     from crab_edge_apps._bench_gpu_weights import random_model
 
-    form, copier = settings.forms[0], Copier(card)
+    form = settings.forms[0]
+    models = [
+        random_model(KNOWN[name], form, card.device, block=settings.block, seed=settings.seed)
+        for name in names
+    ]
+    copier = Copier(card)
     copy = timing.Timed("copy", copier)
     timing.measure([copy], settings.rounds, card)
     bandwidth = max(copier.moved_bytes / seconds for seconds in copy.seconds)
     result: dict[str, Any] = {"card": facts(card), "copy_gigabytes_per_s": bandwidth / 1e9, "shapes": []}
     with Bar(transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("starting")
-        for name in names:
+        for name, model in zip(names, models, strict=True):
 
             def progress(doing: str, done: int, of: int, name: str = name) -> None:
                 bar.update(task, description=f"{name}: {doing}", completed=done, total=of)
 
-            model = random_model(KNOWN[name], form, card.device, block=settings.block, seed=settings.seed)
             parts = _bench_gpu_tiles.sweep(model, card, settings.rounds, progress=progress)
             result["shapes"].append(
                 {"shape": name, "form": form, "block": model.recipe.block, "parts": parts}

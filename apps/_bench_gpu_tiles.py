@@ -41,12 +41,11 @@ def variants(tile: Tile, name: str, operands: Sequence[tuple[int, int]], experts
     }
     for value in values[name]:
         made = [replace(tile, **{name: value})]
-        if name == "rows" and experts:
-            made = [
-                replace(tile, rows=value, down=down)
-                for down in (4, 8, value - experts)
-                if down + experts <= value
-            ]
+        if name == "rows":
+            # As many chunks as before, and as many as make a stage as large as before.
+            downs = [down for down in (4, 8, value - experts) if down + experts <= value] if experts else [0]
+            chunks = (tile.chunks, max(1, min(16, tile.chunks * tile.rows // value)))
+            made = [replace(tile, rows=value, down=d, chunks=c) for d in downs for c in chunks]
         for one in dict.fromkeys(_fitted(tile, operands) for tile in made):
             if one is not None and one != tile:
                 yield one
@@ -71,7 +70,8 @@ def sweep(
     """For every product and route of a decode step: all tiles that were tried, the best one last chosen.
 
     parts: some of "qkv product", "qkv route", ..; default all. Times are seconds of one launch, medians of
-    `rounds` rounds; `failed` has the tiles that don't compile, don't launch or give another answer.
+    `rounds` rounds; `failed` has the tiles that don't compile, don't launch or give another answer, and a
+    part that fails as a whole has its `error`. `in_cache`: the part may stay in the L2 between two launches.
     """
     inputs = Inputs(model, torch.bfloat16, 1, 1)
     decoder = EngineDecoder(model, torch.bfloat16, 2)
@@ -80,7 +80,12 @@ def sweep(
         wanted = [part for part in kernel_parts(decoder, model, inputs) if not parts or part.name in parts]
         for number, part in enumerate(wanted):
             progress(part.name, number, len(wanted))
-            found.append(_one(part, model, decoder, inputs, card, rounds))
+            try:
+                row = _one(part, model, decoder, inputs, card, rounds)
+            except Exception as problem:  # what other parts have given is worth its minutes
+                row = {"error": _reason(problem), "chosen": None, "best": None, "tried": [], "failed": {}}
+            in_cache = not card.real or part.bytes * part.per < 2 * card.l2_bytes
+            found.append({"part": part.name, "bytes": part.bytes, "in_cache": in_cache} | row)
             release(card)
     return found
 
@@ -96,7 +101,9 @@ def _one(
     best, failed = chosen, {}
     tried: list[dict[str, Any]] = []
     for name in PROPERTIES:
-        field = [best, *variants(best, name, operands, model.n_experts if route else 0)]
+        field = dict.fromkeys(
+            [chosen, best, *variants(best, name, operands, model.n_experts if route else 0)]
+        )
         timed = {}
         for tile in field:
             try:
@@ -111,9 +118,7 @@ def _one(
                 failed[described(tile)] = "ran out of memory"
                 release(card)
             except Exception as problem:
-                failed[described(tile)] = (
-                    f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:200]}"
-                )
+                failed[described(tile)] = _reason(problem)
         if not timed:
             break
         timing.measure(list(timed.values()), rounds, card)
@@ -123,14 +128,16 @@ def _one(
         timed.clear()
         release(card)
     return {
-        "part": part.name,
-        "bytes": part.bytes,
         "linears": list(GROUPS[group]),
         "chosen": asdict(chosen),
         "best": asdict(best),
         "tried": tried,
         "failed": failed,
     }
+
+
+def _reason(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:200]}"
 
 
 def _chosen(part: Part, route: bool) -> Tile:
@@ -194,21 +201,26 @@ def show(result: dict[str, Any]) -> None:
         ):
             table.add_column(column, justify="left" if "tile" in column or not column else "right")
         for row in shape["parts"]:
-            cells = [row["part"]]
-            seconds = {}
+            cells, seconds = [row["part"] + " *" * row["in_cache"]], []
             for which in ("chosen", "best"):
-                # The last comparison that a tile took part in.
-                own = [one["seconds"] for one in row["tried"] if one["tile"] == row[which]]
-                seconds[which] = own[-1] if own else None
-                share = "" if not own else f"{100 * row['bytes'] / own[-1] / 1e9 / copy:.0f} %"
-                cells += [described(Tile(**row[which])), f"{own[-1] * 1e6:.2f}" if own else "none", share]
-            both = seconds["chosen"] and seconds["best"]
+                # Of the last comparison, in which both took part.
+                own = [one["seconds"] for one in row["tried"] if one["tile"] == row[which]][-1:]
+                seconds += own
+                share = [f"{100 * row['bytes'] / one / 1e9 / copy:.0f} %" for one in own]
+                tile = row[which] and described(Tile(**row[which]))
+                cells += [tile or "none", *([f"{own[0] * 1e6:.2f}", *share] if own else ["", ""])]
             cells += [
-                f"{seconds['chosen'] / seconds['best']:.2f}x" if both else "",
+                f"{seconds[0] / seconds[1]:.2f}x" if len(seconds) == 2 else "",
                 str(len(row["failed"]) or ""),
             ]
             table.add_row(*cells)
         console.print(table)
+        if any(row["in_cache"] for row in shape["parts"]):
+            console.print(
+                "*: under twice the L2 over all layers, so partly read from it; a step reads memory"
+            )
         for row in shape["parts"]:
+            if "error" in row:
+                console.print(f"{row['part']}: {row['error']}")
             for tile, why in row["failed"].items():
                 console.print(f"{row['part']}: {tile}: {why}")

@@ -117,9 +117,10 @@ def command(
         chosen = {"forms": tuple(experts or ()), "block": block, "context": context, "prefill": prefill}
         settings_ = _bench_gpu.settings(device, rounds, **chosen)
         if tiles:
-            if target is not None or plot is not None or check:
+            others = (target, plot, context, prefill, check or None)
+            if any(other is not None for other in others) or len(experts or ()) > 1:
                 raise InputError(
-                    "--tiles takes --shape, --experts, --block, --rounds, --device and --json alone"
+                    "--tiles takes --shape, one --experts, --block, --rounds, --device and --json alone"
                 )
             _bench_gpu.tiles_command(shape or ["7b"], settings_, device, as_json=as_json)
             return

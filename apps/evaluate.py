@@ -112,8 +112,8 @@ def run(
 ) -> Report:
     """All of `evaluate` but the printing: reads every list first, then runs the models one after the other.
 
-    Predictions land in `out/<bundle's identity>/inference_<task>.jsonl`, with `grammar` in a folder of their
-    own (`...+grammar`). `names` empty = every task; a task whose list is absent is reported as absent.
+    Predictions land in `out/<bundle's identity>+grammar/inference_<task>.jsonl`, without `grammar` in
+    `...+free`. `names` empty = every task; a task whose list is absent is reported as absent.
     InputError for a missing folder or media file, and when none of `names` has a list; DependencyError when
     masks are needed and can't be made.
     """
@@ -184,7 +184,7 @@ def _measure(
     identity = str(model.bundle.identity)
     if grammar:
         model.grammars()
-    folder = out / re.sub(r"[^\w.@+-]+", "_", identity + "+grammar" * grammar)
+    folder = out / re.sub(r"[^\w.@+-]+", "_", identity + ("+grammar" if grammar else "+free"))
     identity += "" if grammar else ", not held to forms"
     found, per_sample = [], {}
     with counting(console) as progress:

@@ -130,7 +130,7 @@ def analyze(
     *,
     question: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    grammar: bool = True,
+    grammar: bool | None = None,
     stride_s: float | None = None,
     window_s: float = WINDOW_S,
     skip: Skip | None = None,
@@ -145,7 +145,8 @@ def analyze(
     before anything is read; whatever is wrong with one file becomes its rows' `error`.
     """
     names = [tasks] if isinstance(tasks, str) else tasks
-    asked = (question, max_new_tokens, grammar, stride_s, window_s)
+    held = model.grammar if grammar is None else grammar
+    asked = (question, max_new_tokens, held, stride_s, window_s)
     request = Request(tuple(dict.fromkeys(names)), *asked).check()
     producer = LocalProducer(model, ahead)
     request.prepare(model)

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 #: Free text may take so many tokens before the opening is forced.
 FREE_TOKENS = 256
-# From here on every token is checked for leaving room for the rest; the shortest rests are far below it.
-_CAREFUL = 192
+# So many tokens are kept for the tagged part, if the limit is long.
+_KEPT = 192
+# With so many left beside twice the shortest answer, every token is checked for leaving room for the rest.
+_CAREFUL = 32
 # So many of the best tokens are tried for one that leaves room; then the shortest way to the end is taken.
 _TRIES = 4
 
@@ -84,7 +86,8 @@ class FreeText:
     def choose(self, logits: NDArray[np.float32], remaining: int) -> int:
         """See `Guide`."""
         token = int(np.argmax(logits))
-        if not self._begun and not self._begins(token) and not self._leads(token):
+        leads = remaining > self._LEADING and self._leads(token)
+        if not self._begun and not leads and not self._begins(token):
             token = next((int(i) for i in np.argsort(-logits, kind="stable") if self._begins(int(i))), token)
             self.held += 1
         if not self._begun:
@@ -98,8 +101,9 @@ class FreeText:
 
     def _leads(self, token: int) -> bool:
         said = self._vocabulary.bytes_of(token).decode("utf-8", "ignore")
-        self._leading += 1
-        return bool(said) and not said.strip(self._MARKS) and self._leading <= self._LEADING
+        leads = bool(said) and not said.strip(self._MARKS) and self._leading < self._LEADING
+        self._leading += leads
+        return leads
 
 
 class Tagged:
@@ -127,8 +131,9 @@ class Tagged:
         self._text = self._tagged = b""
         self._free = bool(self._opens)
         # Half of a short limit, or enough of a long one, is kept for the tagged part.
-        kept = max(form.tokens + 1, min(_CAREFUL, limit // 2))
+        kept = max(form.tokens + 1, min(_KEPT, limit // 2))
         self._free_left = min(FREE_TOKENS, limit - kept)
+        self._careful = _CAREFUL + 2 * form.tokens
         self._way: list[int] | None = None
         self.shortened = False
 
@@ -154,7 +159,7 @@ class Tagged:
             return self._vocabulary.eos_ids[0]
         else:
             best = self._best(logits)
-        token = best if remaining > _CAREFUL else self._fitting(best, logits, remaining)
+        token = best if remaining > self._careful else self._fitting(best, logits, remaining)
         self.held += self._differ(token, own)
         if token in self._vocabulary.eos_ids:
             return token

@@ -19,7 +19,7 @@ SIDE = 224
 #: commas only before a space: else a name would take in the seconds where their brackets are forgotten.
 LABEL = r"/[A-Za-z]((, |[A-Za-z '_\/\-]){0,44}[A-Za-z])?([ _]\([a-z]{1,12}\))?/"
 #: What may stand between two tags, and after the last: the parsers pass it over.
-SEPARATOR = r"/[,;.]([ \n](and )?)?|[ \n](and )?/"
+SEPARATOR = r"/([ \n]{1,3}([,;.&][ \n]{0,3})?|[,;.&][ \n]{0,3})((and|then) )?/"
 #: A label that doesn't itself begin the next sentence about an object.
 OBJECT = rf"{LABEL} & ~/(?i:.*object.*)/"
 #: An open answer: a word, a number, an option.

@@ -6,7 +6,6 @@ import re
 
 from crab_edge.errors import InputError
 from crab_edge.results import Choice, Unparsed
-from crab_edge.tasks import grammars
 from crab_edge.tasks import text as read
 from crab_edge.tasks.base import MODEL_CONTEXT, MediaContext, Parsed, Record, Task, required
 from crab_edge.tasks.qa import render_answer
@@ -16,6 +15,12 @@ _PICK = re.compile(
     r"(?<![a-z0-9.])(?:(?:video|audio|clip)[ _-]?)?"
     r"(?:(one|first|1st|1)|(?:two|second|2nd|2))(?![a-z0-9]|\.[0-9])",
     re.ASCII,
+)
+
+_GRAMMAR = (
+    'start: "<answer>" THE? (KIND " ")? PICK (" " KIND)? "</answer>"\n'
+    "THE: /[Tt]he /\nKIND: /[Vv]ideo|[Aa]udio|[Cc]lip/\n"
+    "PICK: /1|2|1st|2nd|[Oo]ne|[Tt]wo|[Ff]irst|[Ss]econd/\n"
 )
 
 
@@ -53,7 +58,7 @@ def _match(name: str, media: MediaRecipe, instruction: str, field: str) -> Task:
         render=render_answer,
         truth=truth,
         form="<answer>1|2</answer>",
-        grammar=grammars.answer("1", "2", "one", "two", "first", "second"),
+        grammar=_GRAMMAR,
         opens=("<answer>",),
         metric="accuracy",
         targets=("label",),

@@ -51,3 +51,4 @@ def test_a_cpu_launches_no_kernel(cli):
     assert ran.code == 2 and "--tiles needs a GPU" in ran.err
     assert "--tiles goes with --gpu" in cli("bench", "--tiles").err
     assert "--tiles takes --shape" in cli("bench", "--gpu", "--tiles", "--check").err
+    assert "--tiles takes --shape" in cli("bench", "--gpu", "--tiles", "--context", "9").err

@@ -64,7 +64,7 @@ def test_sound_comes_from_its_own_file_and_one_clip_is_opened_once(data, model, 
 
 def test_predictions_have_the_official_form(data, model, tmp_path):
     verb.run(None, data, ["arig"], out=tmp_path / "out")
-    folder = tmp_path / "out" / "fake_w4@0123"
+    folder = tmp_path / "out" / "fake_w4@0123+grammar"
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["inference_arig.jsonl", "inference_arig_unseen.jsonl"]
     rows = [json.loads(line) for line in (folder / "inference_arig.jsonl").read_text().splitlines()]
@@ -82,7 +82,7 @@ def test_a_killed_run_goes_on_where_it_stopped(data, monkeypatch, tmp_path):
     install(monkeypatch, FakeModel(killed))
     with pytest.raises(KeyboardInterrupt):
         verb.run(None, data, ["ave"], out=tmp_path)
-    path = tmp_path / "fake_w4@0123" / "inference_ave.jsonl"
+    path = tmp_path / "fake_w4@0123+grammar" / "inference_ave.jsonl"
     with path.open("a") as file:
         file.write('{"vid": "b", "predict": "<ev')  # the kill came in the middle of a line
     model = install(monkeypatch, FakeModel(say_dog))
@@ -128,7 +128,7 @@ def test_a_bad_file_is_a_wrong_answer_and_tried_again(data, monkeypatch, tmp_pat
     score = report.scores[0]
     assert (score.n, score.errors) == (3, 1)
     assert score.lines[0].figure.value == pytest.approx(200 / 3)
-    rows = (tmp_path / "fake_w4@0123" / "inference_ave.jsonl").read_text().splitlines()
+    rows = (tmp_path / "fake_w4@0123+grammar" / "inference_ave.jsonl").read_text().splitlines()
     assert json.loads(rows[1])["crab_edge"]["error"].endswith("bad.mp4: truncated")
     verb.run(None, data, ["ave"], out=tmp_path)
     assert len(model.opened) == 4
@@ -180,7 +180,7 @@ def test_answers_of_several_windows_keep_their_results(tmp_path, monkeypatch):
     model.duration_s, model.windows = 25.0, 3
     install(monkeypatch, model)
     verb.run(None, data, ["ave"], out=tmp_path)
-    row = json.loads((tmp_path / "fake_w4@0123" / "inference_ave.jsonl").read_text())
+    row = json.loads((tmp_path / "fake_w4@0123+grammar" / "inference_ave.jsonl").read_text())
     assert row["crab_edge"]["parsed"][0]["label"] == "dog"
     split = verb._read(data, ["ave"], None)[0][0][1]
     [(_, prediction)] = predictions.collect(split, {split.records[0].key: row})

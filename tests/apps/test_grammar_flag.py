@@ -58,7 +58,7 @@ def test_evaluate_passes_it_on_into_a_folder_of_its_own(monkeypatch, tmp_path):
         assert report.bundle == "fake@1" + ", not held to forms" * (not grammar)
     assert asked == [{"grammar": True}, {"grammar": False}]
     names = {path.parent.name for path in (tmp_path / "out").rglob(_predictions.file_name("ave", ""))}
-    assert names == {"fake@1+grammar", "fake@1"}
+    assert names == {"fake@1+grammar", "fake@1+free"}
 
 
 def test_bench_times_every_task_with_a_grammar(fake_bundle, capsys):

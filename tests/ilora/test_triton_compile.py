@@ -106,7 +106,7 @@ def test_tiles_fit_every_card(m, bits, block):
             triton_tiles.linear_tile(m, n, k, bits, block),
             triton_tiles.route_tile(m, k, bits, block, 128, 3, 2),
         ):
-            stage = triton_tiles._stage(tile.rows, tile.columns, bits, block) * tile.chunks
+            stage = triton_tiles.stage_bytes(tile.rows, tile.columns, bits, block) * tile.chunks
             assert stage * (tile.stages - 1) <= triton_tiles.SHARED
             assert tile.warps * 16 <= tile.chunks * tile.rows and tile.warps in (1, 2, 4, 8)
             assert tile.chunk * 8 // bits <= block and (block * bits // 8) % tile.chunk == 0
