@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from crab_edge_apps._bench_gpu_contenders import Entry
 
 FORMS = ("residual4x2", "unfolded8", "plane4")
-# Weights of fewer bytes than this many times the L2 may stay in it from one call to the next.
-_L2_TIMES = 2
 Progress = Callable[[str, int, int], None]
 
 
@@ -282,7 +280,7 @@ def _row(entry: Entry, copy: float, card: Card) -> dict[str, Any]:
         copy,
         error=entry.error,
         calls=timed.calls,
-        in_cache=not card.real or part.bytes * part.per < _L2_TIMES * card.l2_bytes,
+        in_cache=card.may_cache(part.bytes * part.per),
         over_base=None if entry.base is None else judging.over_base(entry, entry.base),
     )
 

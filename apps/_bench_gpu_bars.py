@@ -11,6 +11,7 @@ from crab_edge.errors import DependencyError
 
 if TYPE_CHECKING:
     from crab_edge_apps._bench_gpu_contenders import Entry
+    from rich.console import Console
 
 OFFICIAL_EAGER = "official bf16, eager"
 OFFICIAL_GRAPH = "official bf16, compiled, CUDA graph"
@@ -140,21 +141,26 @@ def described(bar: Mapping[str, Any]) -> str:
     return f"{bar['part']}, {bar['bar']}: {value}, {verdict}"
 
 
+def console() -> Console:
+    """Standard output; wide enough for the tables where it is no terminal."""
+    from rich.console import Console
+
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=150)
+
+
 def show(result: Mapping[str, Any]) -> None:
     """Everything that was measured, as tables for the terminal."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=150)
+    out = console()
     card = result["card"]
     warning = "" if card["real"] else " (cpu, figures mean nothing)"
     copied = ""
     if "copy_gigabytes_per_s" in result:
         low, high = result["copy_gigabytes_per_s_spread"]
         copied = f"copy {high:.0f} GB/s (slowest round {low:.0f}); "
-    console.print(
+    out.print(
         f"{card['name']}{warning}, compute capability {card.get('compute_capability', 'none')}, driver "
         f"{card.get('driver_version', 'unread')}; {copied}"
         + ", ".join(f"{name} {version}" for name, version in card["versions"].items() if version)
@@ -197,15 +203,15 @@ def show(result: Mapping[str, Any]) -> None:
                 f"{entry['error']:.1e}" if entry.get("error") is not None else "",
             )
             last = entry["part"]
-        console.print(table)
+        out.print(table)
         if any(entry.get("in_cache") for entry in shape["rows"]):
-            console.print("* the bytes of all layers fit into the card's L2: not a memory bandwidth")
+            out.print("* the bytes of all layers fit into the card's L2: not a memory bandwidth")
         for name, why in shape["skipped"].items():
-            console.print(f"not run: {name}: {why}")
+            out.print(f"not run: {name}: {why}")
         for name, why in shape["wrong"].items():
-            console.print(f"WRONG, not timed: {name}: {why}")
+            out.print(f"WRONG, not timed: {name}: {why}")
         for bar in shape["bars"]:
-            console.print(described(bar))
+            out.print(described(bar))
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:

@@ -51,6 +51,10 @@ class Card:
         free = free_bytes(self.device)
         return (available_bytes() or self.memory_bytes) if free is None else free
 
+    def may_cache(self, size: int) -> bool:
+        """Whether `size` bytes may stay in the L2 from one call to the next: under twice its size."""
+        return not self.real or size < 2 * self.l2_bytes
+
     def synchronize(self) -> None:
         """Waits for everything that was launched; a kernel's fault surfaces here."""
         import torch

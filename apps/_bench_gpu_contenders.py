@@ -169,7 +169,7 @@ def _entry(name: str, part: Part, model: RandomModel, graph: bool, field: Field)
         raise
     except Exception as problem:
         # A kernel that doesn't compile or launch: the others are still worth their figures.
-        field.wrong[label] = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:300]}"
+        field.wrong[label] = reason(problem)
         return None
     if error > part.tolerance:
         field.wrong[label] = (
@@ -178,6 +178,11 @@ def _entry(name: str, part: Part, model: RandomModel, graph: bool, field: Field)
         )
         return None
     return Entry(part, timing.Timed(name, run), error)
+
+
+def reason(problem: Exception) -> str:
+    """A failure in one line: its type and its first line."""
+    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:300]}"
 
 
 def worst(outputs: Outputs, expected: Outputs) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from crab_edge_apps import _bench_gpu_bars as judging
 
 from crab_edge import engines
 from crab_edge.bundle import Bundle
@@ -91,12 +92,9 @@ def measure(
 
 def show(result: Mapping[str, Any]) -> None:
     """The comparison as a table for the terminal."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=150)
+    console = judging.console()
     table = Table(
         title=f"{result['bundle']}: decode at {result['context']}, prefill {result['prefill']}; medians of "
         f"{result['rounds']} interleaved rounds, logits on the host"

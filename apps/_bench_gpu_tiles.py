@@ -13,9 +13,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from crab_edge_apps import _bench_gpu_bars as judging
 from crab_edge_apps import _bench_gpu_timing as timing
 from crab_edge_apps._bench_gpu_card import Card
-from crab_edge_apps._bench_gpu_contenders import release, worst
+from crab_edge_apps._bench_gpu_contenders import reason, release, worst
 from crab_edge_apps._bench_gpu_kernels import EngineDecoder
 from crab_edge_apps._bench_gpu_parts import Inputs, Part, kernel_parts
 from crab_edge_apps._bench_gpu_weights import GROUPS, RandomModel
@@ -83,8 +84,8 @@ def sweep(
             try:
                 row = _one(part, model, decoder, inputs, card, rounds)
             except Exception as problem:  # what other parts have given is worth its minutes
-                row = {"error": _reason(problem), "chosen": None, "best": None, "tried": [], "failed": {}}
-            in_cache = not card.real or part.bytes * part.per < 2 * card.l2_bytes
+                row = {"error": reason(problem), "chosen": None, "best": None, "tried": [], "failed": {}}
+            in_cache = card.may_cache(part.bytes * part.per)
             found.append({"part": part.name, "bytes": part.bytes, "in_cache": in_cache} | row)
             release(card)
     return found
@@ -118,7 +119,7 @@ def _one(
                 failed[described(tile)] = "ran out of memory"
                 release(card)
             except Exception as problem:
-                failed[described(tile)] = _reason(problem)
+                failed[described(tile)] = reason(problem)
         if not timed:
             break
         timing.measure(list(timed.values()), rounds, card)
@@ -134,10 +135,6 @@ def _one(
         "tried": tried,
         "failed": failed,
     }
-
-
-def _reason(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:200]}"
 
 
 def _chosen(part: Part, route: bool) -> Tile:
@@ -178,12 +175,9 @@ def described(tile: Tile) -> str:
 
 def show(result: dict[str, Any]) -> None:
     """A line a part: the tile in use, the best one, and what it would gain."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=150)
+    console = judging.console()
     copy = result["copy_gigabytes_per_s"]
     console.print(f"{result['card']['name']}: copy {copy:.0f} GB/s")
     for shape in result["shapes"]:

@@ -3,9 +3,9 @@
 An answer has two parts. The free text (the model's reasoning) is the model's own, token by token, until one
 of the task's openings stands in it. The tagged part that begins there is greedy among the tokens that the
 grammar allows. The opening is forced when the model ends without one, after `FREE_TOKENS`, and when the next
-token would make the whole answer unreadable (a stray tag, half a box). Towards the token limit only such
-tokens are taken as leave room for the rest of the form, so that a short limit shortens an answer and never
-cuts it in the middle.
+token would make the whole answer unreadable (a stray tag, half a box). A whole answer ends where the model's
+own next token isn't part of the form. Towards the token limit only such tokens are taken as leave room for
+the rest of the form, so that a short limit shortens an answer and never cuts it in the middle.
 """
 
 from __future__ import annotations
