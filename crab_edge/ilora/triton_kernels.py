@@ -22,35 +22,36 @@ import triton.language as tl
 
 
 @triton.jit
-def _unpack4(q, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """uint8 of two codes -> (low - 8, high - 8) in DTYPE."""
+def _unpack4(q, UPPER: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """uint8 of two codes -> the upper or the lower one - 8 in DTYPE.
+
+    A statement each, not one for both: Triton 3.8 takes those with two results through shared memory.
+    """
     if not ASM:
-        return (q & 15).to(DTYPE) - 8, (q >> 4).to(DTYPE) - 8
+        return ((q >> 4) if UPPER else (q & 15)).to(DTYPE) - 8
     # A code in the low bits of a number whose exponent makes them units: 1024 + c in float16, 128 + c in
     # bfloat16. Conversions of integers run at an eighth of the rate of these.
+    SHIFT: tl.constexpr = "shr.u32 c, $2, 4;" if UPPER else "mov.b32 c, $2;"
     if DTYPE == tl.float16:
         return tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 l, h, e, z;
+            .reg .b32 c, e, z;
             mov.b32 e, 0x64646464;
             mov.b32 z, 0x64086408;
-            and.b32 l, $4, 0x0F0F0F0F;
-            shr.u32 h, $4, 4;
-            and.b32 h, h, 0x0F0F0F0F;
-            prmt.b32 $0, l, e, 0x4140;
-            prmt.b32 $1, l, e, 0x4342;
-            prmt.b32 $2, h, e, 0x4140;
-            prmt.b32 $3, h, e, 0x4342;
+            """
+            + SHIFT
+            + """
+            and.b32 c, c, 0x0F0F0F0F;
+            prmt.b32 $0, c, e, 0x4140;
+            prmt.b32 $1, c, e, 0x4342;
             sub.f16x2 $0, $0, z;
             sub.f16x2 $1, $1, z;
-            sub.f16x2 $2, $2, z;
-            sub.f16x2 $3, $3, z;
             }
             """,
-            "=&r,=&r,=&r,=&r,r",
+            "=&r,=&r,r",
             [q],
-            dtype=(tl.float16, tl.float16),
+            dtype=tl.float16,
             is_pure=True,
             pack=4,
         )
@@ -58,26 +59,23 @@ def _unpack4(q, DTYPE: tl.constexpr, ASM: tl.constexpr):
         return tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 l, h, e, o, z;
+            .reg .b32 c, e, o, z;
             mov.b32 e, 0x43434343;
             mov.b32 o, 0x3F803F80;
             mov.b32 z, 0xC308C308;
-            and.b32 l, $4, 0x0F0F0F0F;
-            shr.u32 h, $4, 4;
-            and.b32 h, h, 0x0F0F0F0F;
-            prmt.b32 $0, l, e, 0x4140;
-            prmt.b32 $1, l, e, 0x4342;
-            prmt.b32 $2, h, e, 0x4140;
-            prmt.b32 $3, h, e, 0x4342;
+            """
+            + SHIFT
+            + """
+            and.b32 c, c, 0x0F0F0F0F;
+            prmt.b32 $0, c, e, 0x4140;
+            prmt.b32 $1, c, e, 0x4342;
             fma.rn.bf16x2 $0, $0, o, z;
             fma.rn.bf16x2 $1, $1, o, z;
-            fma.rn.bf16x2 $2, $2, o, z;
-            fma.rn.bf16x2 $3, $3, o, z;
             }
             """,
-            "=&r,=&r,=&r,=&r,r",
+            "=&r,=&r,r",
             [q],
-            dtype=(tl.bfloat16, tl.bfloat16),
+            dtype=tl.bfloat16,
             is_pure=True,
             pack=4,
         )
@@ -223,13 +221,17 @@ def _accumulate(
             part = tl.dot(_unpack8(q, DTYPE, ASM), x)
         elif BLOCK < 64:
             # Half a block is too short for a product of its own: the halves are put side by side.
-            low, high = _unpack4(q, DTYPE, ASM)
+            low, high = _unpack4(q, False, DTYPE, ASM), _unpack4(q, True, DTYPE, ASM)
             whole = tl.join(low, high).permute(0, 1, 3, 2).reshape(KS, row.shape[0], BLOCK)
-            column = (chunk * 0)[:, None] + tl.arange(0, BLOCK)[None, :]
+            # Triton before 3.9 gets products of bytes wrong that are 16 long: zeros in between make them 32.
+            LENGTH: tl.constexpr = 32 if BLOCK < 32 else BLOCK
+            if LENGTH > BLOCK:
+                whole = tl.join(whole, tl.zeros_like(whole)).reshape(KS, row.shape[0], LENGTH)
+            column = (chunk * 0)[:, None] + (tl.arange(0, LENGTH) * BLOCK // LENGTH)[None, :]
             x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM, ASM)
             part = tl.dot(whole, x)
         else:
-            low, high = _unpack4(q, DTYPE, ASM)
+            low, high = _unpack4(q, False, DTYPE, ASM), _unpack4(q, True, DTYPE, ASM)
             x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM, ASM)
             part = tl.dot(low, x)
             column += BLOCK // 2

@@ -32,21 +32,22 @@ def written(name, products, path):
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def feeds(session):
+def feeds(session, tokens=TOKENS):
+    """Inputs for a session of any of the three graphs; `tokens` for the decoder's first pass."""
     random = np.random.default_rng(3)
     kinds = {"float": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32}
     given = {}
     for one in session.get_inputs():
         shape = [
-            axis if isinstance(axis, int) else {"patches": 256, "chunks": 1}.get(axis, TOKENS)
+            axis if isinstance(axis, int) else {"patches": 256, "chunks": 1}.get(axis, tokens)
             for axis in one.shape
         ]
         dtype = kinds[one.type.removeprefix("tensor(").removesuffix(")")]
         value = random.normal(size=shape) * 0.1
         if one.name == "position_ids":
-            value = np.broadcast_to(np.arange(TOKENS), shape)
+            value = np.broadcast_to(np.arange(tokens), shape)
         elif one.name == "seqlens_k":
-            value = np.full(shape, TOKENS - 1)
+            value = np.full(shape, tokens - 1)
         elif one.name == "lengths":
             value = np.full(shape, 200)
         elif one.name.startswith("past."):

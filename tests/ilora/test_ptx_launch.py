@@ -1,4 +1,6 @@
-"""The PTX of the plugins launched as an engine launches it, on a GPU, against the operators' reference."""
+"""The PTX of the plugins launched as an engine launches it, against the operators' reference: on a GPU by the
+driver, everywhere by `tests.ptx`.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +10,34 @@ from crab_edge_calibration import quantize_rtn
 from crab_edge_export.plugin_compile import compile_products
 from crab_edge_export.plugin_nodes import Product
 
+from tests.ptx import plugin
+
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytest.importorskip("triton")
+
+HALF = {"dtype": "float16", "scales": "float16"}
+RANK, EXPERTS, GROUPS = 32, 3, 2
+LINEAR = Product("ILoRALinearBias", n=200, k=128, k2=96, planes=2, bits=4, block=32, **HALF)
+BESIDE = Product(
+    "ILoRALinearExperts", n=200, k=128, k2=96, bits=4, block=32, bits2=8, block2=32, scales2="float16", **HALF
+)
+ADDED = Product("ILoRAExperts", n=200, k=96, bits=8, block=32, **HALF)
+ROUTE = Product(
+    "ILoRARoute", n=GROUPS * (RANK + EXPERTS), k=128, bits=8, block=32, rank=RANK, experts=EXPERTS,
+    groups=GROUPS, **HALF,
+)  # fmt: skip
+PRODUCTS = {one.plugin: one for one in (LINEAR, BESIDE, ADDED, ROUTE)}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize("tactic", ["decode", "prefill"])
-@pytest.mark.parametrize("rows", [1, 7, 9, 130])
-def test_engine_launches_agree_with_the_reference(tactic, rows, tmp_path):
-    from crab_edge.engines._cuda import Device, driver
-    from crab_edge.ilora import plugin_kernels, torch_ops
+def on_the_machine(kernels, name, tactic, rows, inputs, out):
+    return plugin.run(kernels, name, tactic, rows, inputs, out)
+
+
+def on_the_gpu(kernels, name, tactic, rows, inputs, out):
+    from crab_edge.engines._cuda import Device
     from crab_edge.ilora.ptx_launch import Kernel
 
-    half = {"dtype": "float16", "scales": "float16"}
-    rank, experts, groups = 32, 3, 2
-    linear = Product("ILoRALinearBias", n=200, k=128, k2=96, planes=2, bits=4, block=32, **half)
-    route = Product(
-        "ILoRARoute", n=groups * (rank + experts), k=128, bits=8, block=32, rank=rank, experts=experts,
-        groups=groups, **half,
-    )  # fmt: skip
-    compile_products([linear, route], driver().gpus()[0].sm).write(tmp_path)
-    kernels = plugin_kernels.read(tmp_path)
-    random = np.random.default_rng(0)
-    made = {
-        one.name: quantize_rtn(
-            random.normal(size=(one.n, one.k + one.planes * one.k2)).astype(np.float32), one.bits, one.block
-        )
-        for one in (linear, route)
-    }
-    x, z = (random.normal(size=(rows, k)).astype(np.float16) for k in (linear.k, linear.k2))
-    bias = random.normal(size=linear.n).astype(np.float16)
-    weights = {name: torch_ops.prepare(weight, "cpu") for name, weight in made.items()}
-    w, r = weights[linear.name], weights[route.name]
-    xt, zt, bt = map(torch.from_numpy, (x, z, bias))
-    expected = {
-        linear.name: torch_ops.lowbit_linear(xt, zt, w.q, w.scales, 4, 32, 2, bt),
-        route.name: torch_ops.ilora_route(xt, r.q, r.scales, 8, 32, rank, experts, groups),
-    }
     device = Device(0)
 
     def put(value):
@@ -53,16 +47,104 @@ def test_engine_launches_agree_with_the_reference(tactic, rows, tmp_path):
         device.synchronize()
         return memory
 
-    for product, given in ((linear, (x, z)), (route, (x,))):
-        layout = torch_ops.gpu_layout(made[product.name])
-        inputs = [put(one) for one in (*given, layout.q, layout.scales, *([bias] if product.bias else []))]
-        out = np.zeros((rows, product.columns), np.float16)
-        memory = device.allocate(out.nbytes)
-        kernel = Kernel(device, kernels, product.name, tactic)
-        kernel.launch(rows, inputs, memory)
-        device.download(memory.address, out)
-        device.synchronize()
-        kernel.close()
-        reference = expected[product.name].numpy().astype(np.float32)
-        np.testing.assert_allclose(out, reference, rtol=5e-3, atol=5e-3 * np.abs(reference).max())
+    memory = device.allocate(out.nbytes)
+    kernel = Kernel(device, kernels, name, tactic)
+    kernel.launch(rows, [put(one) for one in inputs], memory)
+    device.download(memory.address, out)
+    device.synchronize()
+    kernel.close()
     device.close()
+    return out
+
+
+PLACES = {
+    "machine": pytest.param(on_the_machine, id="machine"),
+    "gpu": pytest.param(on_the_gpu, id="gpu", marks=needs_gpu),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Kernels by capability, written and read as a package's are."""
+    from crab_edge.ilora import plugin_kernels
+
+    made = {}
+
+    def get(place):
+        sm = 87
+        if place is on_the_gpu:
+            from crab_edge.engines._cuda import driver
+
+            sm = driver().gpus()[0].sm
+        if sm not in made:
+            folder = tmp_path_factory.mktemp(f"sm{sm}")
+            compile_products(PRODUCTS.values(), sm).write(folder)
+            made[sm] = plugin_kernels.read(folder)
+        return made[sm]
+
+    return get
+
+
+def operands(product, rows):
+    """Inputs in the plugin's order, and what the operator makes of them."""
+    from crab_edge.ilora import torch_ops
+
+    random = np.random.default_rng(0)
+
+    def made(n, k, bits, block):
+        q = quantize_rtn(random.normal(size=(n, k)).astype(np.float32), bits, block)
+        return torch_ops.gpu_layout(q), torch_ops.prepare(q, "cpu")
+
+    def drawn(*shape):
+        return random.normal(size=shape).astype(np.float16)
+
+    one = product
+    layout, w = made(one.n, one.k + one.planes * one.k2, one.bits, one.block)
+    x = drawn(rows, one.k)
+    given, tensor = [x], torch.from_numpy
+    if one.plugin == "ILoRARoute":
+        expected = torch_ops.ilora_route(
+            tensor(x), w.q, w.scales, one.bits, one.block, one.rank, one.experts, one.groups
+        )
+        return [*given, layout.q, layout.scales], expected
+    if one.plugin == "ILoRAExperts":
+        y0 = drawn(rows, one.n)
+        expected = torch_ops.ilora_experts(tensor(y0), tensor(x), w.q, w.scales, one.bits, one.block)
+        return [y0, x, layout.q, layout.scales], expected
+    z = drawn(rows, one.k2)
+    given += [z, layout.q, layout.scales]
+    if one.bits2:
+        beside, e = made(one.n, one.k2, one.bits2, one.block2)
+        expected = torch_ops.lowbit_linear_experts(
+            tensor(x),
+            tensor(z),
+            w.q,
+            w.scales,
+            one.bits,
+            one.block,
+            e.q,
+            e.scales,
+            one.bits2,
+            one.block2,
+            None,
+        )
+        return [*given, beside.q, beside.scales], expected
+    bias = drawn(one.n)
+    expected = torch_ops.lowbit_linear(
+        tensor(x), tensor(z), w.q, w.scales, one.bits, one.block, one.planes, tensor(bias)
+    )
+    return [*given, bias], expected
+
+
+@pytest.mark.parametrize("place", PLACES.values())
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize(
+    ("tactic", "rows"), [("decode", 1), ("decode", 7), ("decode", 9), ("prefill", 1), ("prefill", 130)]
+)
+def test_engine_launches_agree_with_the_reference(place, name, tactic, rows, compiled):
+    product = PRODUCTS[name]
+    inputs, expected = operands(product, rows)
+    out = np.zeros((rows, product.columns), np.float16)
+    out = place(compiled(place), product.name, tactic, rows, inputs, out)
+    reference = expected.numpy().astype(np.float32)
+    np.testing.assert_allclose(out, reference, rtol=5e-3, atol=5e-3 * np.abs(reference).max())
