@@ -206,14 +206,21 @@ def _accumulate(
     PER: tl.constexpr = BYTES // C
     KS: tl.constexpr = total.shape[0]
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty if ASM else tl.float32
+    BN: tl.constexpr = row.shape[0]
     j = tl.arange(0, C)
+    # Codes are loaded as a matrix, a chunk's rows below each other: as a tile of three axes they would lie in
+    # shared memory chunk by chunk, and eight rows of one chunk in the same banks.
+    flat_chunk = tl.arange(0, KS * BN) // BN
+    flat_row = tl.broadcast_to(row[None, :], KS, BN).reshape(KS * BN)
+    flat_inside = tl.broadcast_to(inside[None, :], KS, BN).reshape(KS * BN)
     ahead = _scales(s_ptr, 0, row, inside, N, BLOCKS, PER, KS)
     for start in tl.range(0, BLOCKS * PER, KS, num_stages=STAGES):
         chunk = start + tl.arange(0, KS)
         fits = chunk < BLOCKS * PER
         block = chunk // PER
-        codes = (row * (BLOCKS * BYTES))[None, :, None] + (chunk * C)[:, None, None] + j[None, None, :]
-        q = tl.load(q_ptr + codes, mask=fits[:, None, None] & inside[None, :, None], other=0)
+        codes = (flat_row * (BLOCKS * BYTES) + (start + flat_chunk) * C)[:, None] + j[None, :]
+        here = flat_inside & (start + flat_chunk < BLOCKS * PER)
+        q = tl.load(q_ptr + codes, mask=here[:, None], other=0).reshape(KS, BN, C)
         s, ahead = ahead, _scales(s_ptr, start + KS, row, inside, N, BLOCKS, PER, KS)
         column = (chunk % PER * C)[:, None] + j[None, :]
         if BITS == 8:
@@ -222,11 +229,11 @@ def _accumulate(
         elif BLOCK < 64:
             # Half a block is too short for a product of its own: the halves are put side by side.
             low, high = _unpack4(q, False, DTYPE, ASM), _unpack4(q, True, DTYPE, ASM)
-            whole = tl.join(low, high).permute(0, 1, 3, 2).reshape(KS, row.shape[0], BLOCK)
+            whole = tl.join(low, high).permute(0, 1, 3, 2).reshape(KS, BN, BLOCK)
             # Triton before 3.9 gets products of bytes wrong that are 16 long: zeros in between make them 32.
             LENGTH: tl.constexpr = 32 if BLOCK < 32 else BLOCK
             if LENGTH > BLOCK:
-                whole = tl.join(whole, tl.zeros_like(whole)).reshape(KS, row.shape[0], LENGTH)
+                whole = tl.join(whole, tl.zeros_like(whole)).reshape(KS, BN, LENGTH)
             column = (chunk * 0)[:, None] + (tl.arange(0, LENGTH) * BLOCK // LENGTH)[None, :]
             x = _activations(x_ptr, z_ptr, M, m, block, column, fits, K1, K2, XS, ZS, PLANES, BLOCK, BM, ASM)
             part = tl.dot(whole, x)

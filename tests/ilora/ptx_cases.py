@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crab_edge.ilora import torch_ops, triton_compile
 from tests.ptx import Global, launch
+from tests.ptx.count import Counts
 
 Blocks = Callable[[int, int, int], bool]
 
@@ -35,14 +36,19 @@ class Case:
             scales=half[0], scales_beside=half[1], bias=self.bias,
         )  # fmt: skip
 
-    def run(self, made: triton_compile.CompiledKernel, only: Blocks | None = None) -> Tensor:
+    def run(
+        self,
+        made: triton_compile.CompiledKernel,
+        only: Blocks | None = None,
+        counts: Counts | None = None,
+    ) -> Tensor:
         """What the PTX computes; with `only` some of its blocks, the other results are NaN."""
         memory, rows = Global(), len(self.expected)
         addresses = [memory.put(raw(one)) for one in self.operands]
         empty = np.full(self.expected.shape, 0x7FFF, np.int16)
         out = memory.put(empty, written=only is not None)
         arguments = [*addresses, rows, out, *[0] * made.hidden_parameters]
-        launch(made.ptx, memory, arguments, made.grid(rows), made.threads, made.shared, only)
+        launch(made.ptx, memory, arguments, made.grid(rows), made.threads, made.shared, only, counts)
         return torch.from_numpy(memory.get(out, empty)).view(self.expected.dtype)
 
     def error(self, got: Tensor) -> float:

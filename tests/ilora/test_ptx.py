@@ -15,6 +15,7 @@ from crab_edge.ilora.torch_ops import dequantize  # noqa: E402
 from crab_edge.ilora.triton_compile import ARCHITECTURES, linear_constants  # noqa: E402
 from tests.ilora.ptx_cases import Case, experts, linear, route  # noqa: E402
 from tests.ptx import PtxError  # noqa: E402
+from tests.ptx.count import Counts  # noqa: E402
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 # Of the largest value: a unit in the last place of the result's type; sums are float32.
@@ -99,6 +100,26 @@ SEVEN_B = {
 def test_launches_of_a_7b_step(name):
     make, sizes, options, blocks = SEVEN_B[name]
     check(make(*sizes, **options), 90, lambda x, y, z: y in blocks)
+
+
+NARROW = {
+    "narrow": (linear, (1, 64, 4096, 4, 128), {}),
+    "wide": (linear, (1, 16384, 1024, 4, 128), {}),
+    "narrow, 8 bits": (linear, (1, 64, 2048, 8, 128), {}),
+    "route": (route, (1, 2048, 8, 128), {**ADAPTER, "groups": 3}),
+    "route of many columns": (route, (1, 9216, 8, 128), {**ADAPTER, "groups": 1}),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_rows_of_a_tile_lie_in_different_banks(name):
+    """Codes come to shared memory and leave it in as few turns as there can be."""
+    make, sizes, options = NARROW[name]
+    case, counts = make(*sizes, **options), Counts()
+    case.run(case.compile(90), lambda x, y, z: y == 1, counts)
+    assert counts.turns["ldmatrix"] and counts.turns["cp"]
+    for kind in ("ldmatrix", "cp"):
+        assert counts.turns[kind] == counts.least[kind]
 
 
 def test_a_barrier_left_out_shows():

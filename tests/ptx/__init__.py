@@ -9,6 +9,7 @@ project's kernels hold and refuses others by name. Source of what each does: NVI
     arithmetic   instructions of one thread
     warps        instructions of a whole warp
     machine      registers, branches, barriers, copies
+    count        what a launch asks of a multiprocessor
     plugin, jit  launches as TensorRT makes them, as Triton makes them
 """
 

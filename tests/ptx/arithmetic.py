@@ -159,11 +159,12 @@ def _integers(name: str, kind: str, a: list[Array], raw: list[Array]) -> Array:
 
 
 def _bit_field(value: Array, start: Array, length: Array, kind: str) -> Array:
-    if kind[1:] != "32" or ((start + length) > 32).any() or (length == 0).any():
-        raise PtxError("bfe of this kind or range isn't known")
-    left = (32 - start - length).astype(np.uint32)
-    moved = (value.view(np.uint32) << left).view(value.dtype)
-    return moved >> (32 - length).astype(value.dtype)
+    size = 8 * _size(kind)
+    if ((start + length) > size).any() or (length == 0).any():
+        raise PtxError("bfe of bits that aren't there isn't known")
+    plain = f"u{size // 8}"
+    moved = (value.view(plain) << (size - start - length).astype(plain)).view(value.dtype)
+    return moved >> (size - length).astype(value.dtype)
 
 
 def _permute(a: list[Array]) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.ptx import arithmetic, warps
+from tests.ptx.count import Counts
 from tests.ptx.memory import SHARED, Global, Shared
 from tests.ptx.parse import Instruction, Program, PtxError, parse
 
@@ -31,11 +32,13 @@ def launch(
     threads: int,
     shared: int,
     only: Callable[[int, int, int], bool] | None = None,
+    counts: Counts | None = None,
 ) -> None:
     """Launches the kernel of `ptx`.
 
     arguments: addresses and numbers in the order of the parameters; shared: bytes of shared memory a
-    block; only: which blocks (x, y, z) of the grid are executed, all of them without it. PtxError for
+    block; only: which blocks (x, y, z) of the grid are executed, all of them without it; counts: is told of
+    every instruction. PtxError for
     whatever a GPU might let pass and a right program doesn't do: accesses outside of an array, reads of what
     nobody wrote, misaligned ones, races between warps, copies that nobody waited for, barriers that not all
     threads come to.
@@ -51,7 +54,7 @@ def launch(
     for start in range(0, len(blocks), step):
         some = blocks[start : start + step]
         with np.errstate(all="ignore"):
-            _Run(program, memory, arguments, grid, some, threads, shared).run()
+            _Run(program, memory, arguments, grid, some, threads, shared, counts).run()
 
 
 class _Run:
@@ -64,10 +67,15 @@ class _Run:
         blocks: Array,
         threads: int,
         shared: int,
+        counts: Counts | None,
     ) -> None:
         count = len(blocks) * threads
         self._program, self._memory, self._count = program, memory, count
-        self._shared = Shared(len(blocks), shared)
+        self._name, self._counts = "", counts
+        if counts is None:
+            self._shared = Shared(len(blocks), shared)
+        else:
+            self._shared = Shared(len(blocks), shared, lambda *access: counts.shared(self._name, *access))
         self._block = np.repeat(np.arange(len(blocks)), threads)
         self._warp = np.arange(count) // 32
         self._arguments = {
@@ -105,7 +113,9 @@ class _Run:
         if instruction.guard is not None:
             guard = self._read(instruction.guard)
             mask = mask & (~guard if instruction.inverted else guard)
-        name = instruction.parts[0]
+        name = self._name = instruction.parts[0]
+        if self._counts is not None:
+            self._counts.instruction(name, int(mask.reshape(-1, 32).any(1).sum()))
         if name in ("bra", "ret", "exit"):
             target = len(self._program.instructions)
             if name == "bra":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from tests.ptx.parse import PtxError
 
 Bytes = NDArray[np.uint8]
 Places = NDArray[np.int64]
+Count = Callable[[Places, NDArray[Any], int], None]
 
 _GLOBAL = 1 << 40
 _GAP = 4096
@@ -84,8 +86,9 @@ class Shared:
     byte that one reads be written by another; a byte that a copy is on its way to may not be touched at all.
     """
 
-    def __init__(self, blocks: int, size: int) -> None:
+    def __init__(self, blocks: int, size: int, count: Count = lambda *access: None) -> None:
         self._size = size
+        self._count = count
         self._data = np.zeros(blocks * size, np.uint8)
         self._written = np.zeros(blocks * size, bool)
         self._coming = np.zeros(blocks * size, bool)
@@ -101,6 +104,7 @@ class Shared:
     def load(self, block: Places, warp: Places, address: NDArray[Any], size: int) -> Bytes:
         """[threads, size] of each thread's own block."""
         place = self._place(block, address, size)
+        self._count(warp, address, size)
         if self._coming[place].any():
             raise PtxError("a read of shared memory that a copy is still on its way to")
         if not self._written[place].all():
@@ -118,6 +122,7 @@ class Shared:
     def store(self, block: Places, warp: Places, address: NDArray[Any], data: Bytes) -> None:
         """data [threads, size]."""
         place = self._place(block, address, data.shape[1])
+        self._count(warp, address, data.shape[1])
         self._claim(block, warp, place, data)
         self._data[place] = data
         if (self._data[place] != data).any():
@@ -127,6 +132,7 @@ class Shared:
     def begin_copy(self, block: Places, warp: Places, address: NDArray[Any], data: Bytes) -> None:
         """A copy sets out for `address`."""
         place = self._place(block, address, data.shape[1])
+        self._count(warp, address, data.shape[1])
         self._claim(block, warp, place, data)
         self._coming[place] = True
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.ptx import Global, PtxError, launch, warps
 from tests.ptx.arithmetic import bits, compare, compute, convert, view
+from tests.ptx.count import Counts
 
 HEAD = """.version 8.5
 .target sm_90
@@ -136,6 +137,17 @@ def test_a_launch_must_fit_the_kernel():
         run("")
 
 
+@pytest.mark.parametrize(("stride", "turns"), [(4, 1), (8, 2), (128, 32), (0, 1)])
+def test_turns_at_shared_memory_are_counted(stride, turns):
+    counts, threads = Counts(), np.arange(64)
+    counts.shared("ld", threads // 32, 1024 + stride * (threads % 32), 4)
+    # Two warps; all of a warp's words fit into so many turns.
+    assert counts.turns["ld"] == 2 * turns
+    assert counts.least["ld"] == 2
+    counts.shared("cp", threads // 32, 1024 + 16 * threads, 16)
+    assert counts.turns["cp"] == counts.least["cp"] == 8
+
+
 def test_undefined_values_become_nans():
     body = "\tmov.b32 %r5, {%rs1, %rs2};\n\tst.global.b32 [%rd5], %r5;\n"
     assert np.isnan(run(body).view(np.float16)).all()
@@ -261,6 +273,7 @@ def words(*values, kind="u4"):
         ("shr.s32", (0x80000000, 40), 0xFFFFFFFF),
         ("bfe.u32", (0xABCD1234, 4, 8), 0x23),
         ("bfe.s32", (0x40, 6, 1), 0xFFFFFFFF),
+        ("bfe.u64", (0xABCD1234, 4, 8), 0x23),
         ("prmt.b32", (0x33221100, 0x77665544, 0x4140), 0x44114400),
         ("prmt.b32", (0x80, 0, 0x8888), 0xFFFFFFFF),
         ("lop3.b32", (0b1100, 0b1010, 0b1001, 0xE8), 0b1000),
@@ -279,7 +292,7 @@ def words(*values, kind="u4"):
     ],
 )  # fmt: skip
 def test_arithmetic(name, given, expected):
-    wide = "u2" if name.endswith("16") and "f16" not in name else "u4"
+    wide = "u8" if name.endswith("64") else "u2" if name.endswith("16") and "f16" not in name else "u4"
     operands = [words(one, kind=wide) for one in given[:2]] + [words(one) for one in given[2:]]
     if name.startswith("add.rn"):
         operands[0] = operands[0].astype("u2")
