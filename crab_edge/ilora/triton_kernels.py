@@ -230,7 +230,8 @@ def _accumulate(
             # Half a block is too short for a product of its own: the halves are put side by side.
             low, high = _unpack4(q, False, DTYPE, ASM), _unpack4(q, True, DTYPE, ASM)
             whole = tl.join(low, high).permute(0, 1, 3, 2).reshape(KS, BN, BLOCK)
-            # Triton before 3.9 gets products of bytes wrong that are 16 long: zeros in between make them 32.
+            # Triton before 3.9 gets products of such halves wrong that are 16 long: zeros in between make
+            # them 32.
             LENGTH: tl.constexpr = 32 if BLOCK < 32 else BLOCK
             if LENGTH > BLOCK:
                 whole = tl.join(whole, tl.zeros_like(whole)).reshape(KS, BN, LENGTH)

@@ -5,19 +5,20 @@ Runtime, and every plugin's kernel, instruction by instruction, on the operands 
 from __future__ import annotations
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
-from crab_edge_export.tensorrt_engines import EngineOptions, add_engines
 
-from crab_edge.bundle import Bundle, default_bundle
-from crab_edge.ilora import plugin_kernels
-from crab_edge.ilora.tensorrt_plugins import ATTRIBUTE, NAMESPACE, OPERATORS
-from tests.export.test_plugin_products import feeds
-from tests.ptx import plugin
-
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("torch")
 pytest.importorskip("triton")
+
+from crab_edge_export.tensorrt_engines import EngineOptions, add_engines  # noqa: E402
+
+from crab_edge.bundle import Bundle, default_bundle  # noqa: E402
+from crab_edge.ilora import plugin_kernels  # noqa: E402
+from crab_edge.ilora.tensorrt_plugins import ATTRIBUTE, NAMESPACE, OPERATORS  # noqa: E402
+from tests.export.test_plugin_products import feeds  # noqa: E402
+from tests.ptx import plugin  # noqa: E402
 
 ORIN = "jetson-orin"
 # Of the largest value: both round a float32 sum to float16, in another order.

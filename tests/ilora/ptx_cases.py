@@ -51,10 +51,14 @@ class Case:
         launch(made.ptx, memory, arguments, made.grid(rows), made.threads, made.shared, only, counts)
         return torch.from_numpy(memory.get(out, empty)).view(self.expected.dtype)
 
-    def error(self, got: Tensor) -> float:
-        """The largest difference where there is a result, relative to the largest value expected."""
-        there = ~got.isnan()
-        assert there.any()
+    def error(self, got: Tensor, blocks: int | None = None) -> float:
+        """The largest difference, relative to the largest value expected. None may be missing; of `blocks`
+        whole blocks of one row exactly theirs must be there.
+        """
+        there, sizes = ~got.isnan(), self.constants
+        each = sizes["EXPERTS"] * sizes["BA"] if self.kernel == "route" else sizes.get("BN", 0)
+        expected = got.numel() if blocks is None else blocks * each
+        assert int(there.sum()) == expected, f"{int(there.sum())} results, expected {expected}"
         wanted = self.expected.double()
         return float((got.double() - wanted)[there].abs().max() / wanted.abs().max())
 
@@ -70,23 +74,25 @@ def _drawn(random: np.random.Generator, dtype: torch.dtype, *shape: int) -> Tens
     return torch.from_numpy(random.normal(size=shape).astype(np.float32)).to(dtype)
 
 
-def _weight(random: np.random.Generator, n: int, k: int, bits: int, block: int) -> torch_ops.GpuWeight:
+def _weight(
+    random: np.random.Generator, n: int, k: int, bits: int, block: int, scales: type = np.float16
+) -> torch_ops.GpuWeight:
     """Random bytes for codes, also where the last block is padding: x ends before."""
     blocks = -(-k // block)
     q = torch.from_numpy(random.integers(0, 256, (n, blocks, block * bits // 8), np.uint8))
-    scales = torch.from_numpy(random.uniform(0.5, 1, (blocks, n)).astype(np.float16)).t()
-    return torch_ops.GpuWeight(q, scales, bits, block, (n, k))
+    drawn = torch.from_numpy(random.uniform(0.5, 1, (blocks, n)).astype(scales)).t()
+    return torch_ops.GpuWeight(q, drawn, bits, block, (n, k))
 
 
 def linear(
     rows: int, n: int, k1: int, bits: int, block: int, *, form: int = 1, k2: int = 0, planes: int = 0,
     splits: Sequence[int] = (), beside: tuple[int, int] = (0, 0), bias: bool = False,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype = torch.float16, scales: type = np.float16,
 ) -> Case:  # fmt: skip
     """linear_kernel in its `form` for 1 row (decode), 8, or 64 (prefill), on `rows` rows."""
     random = np.random.default_rng(0)
     splits = tuple(splits)
-    w = _weight(random, n, k1 + planes * k2, bits, block)
+    w = _weight(random, n, k1 + planes * k2, bits, block, scales)
     x = _drawn(random, dtype, rows, k1)
     z = _drawn(random, dtype, rows, k2 * (len(splits) + 1)) if k2 else None
     b = _drawn(random, dtype, n) if bias else None

@@ -4,8 +4,10 @@ tensor cores and asynchronous copies included, against the operators' definition
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -36,6 +38,14 @@ CASES = {
     "q, k, v": (
         90, linear, (1, 320, 256, 4, 128), {"k2": 128, "planes": 2, "splits": (256, 288), "bias": True},
     ),
+    "q, k, v of five rows": (
+        87, linear, (5, 320, 256, 4, 128), {"k2": 128, "planes": 2, "splits": (256, 288)},
+    ),
+    "gate, up of a prompt": (
+        90, linear, (70, 256, 256, 4, 128), {"k2": 128, "planes": 1, "splits": (128,), "form": 64},
+    ),
+    "float32 scales": (90, linear, (1, 96, 256, 4, 128), {"k2": 128, "planes": 1, "scales": np.float32}),
+    "experts beside, bias": (90, linear, (9, 96, 256, 4, 32), {"k2": 96, "beside": (8, 16), "bias": True}),
     "prefill": (90, linear, (70, 200, 256, 4, 128), {"k2": 128, "planes": 2, "form": 64}),
     "prefill, block 32": (
         87, linear, (130, 96, 128, 4, 32), {"k2": 96, "planes": 1, "form": 64, "bias": True},
@@ -49,10 +59,9 @@ CASES = {
 }  # fmt: skip
 
 
-def check(case: Case, sm: int, only=None) -> None:
-    got = case.run(case.compile(sm), only)
-    assert case.error(got) <= BOUND[case.expected.dtype]
-    # Without `only` every result was stored: `run` refuses to read what wasn't.
+def check(case: Case, sm: int, blocks: set[int] | None = None) -> None:
+    got = case.run(case.compile(sm), None if blocks is None else lambda x, y, z: y in blocks)
+    assert case.error(got, blocks and len(blocks)) <= BOUND[case.expected.dtype]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,7 +108,7 @@ SEVEN_B = {
 @pytest.mark.parametrize("name", SEVEN_B)
 def test_launches_of_a_7b_step(name):
     make, sizes, options, blocks = SEVEN_B[name]
-    check(make(*sizes, **options), 90, lambda x, y, z: y in blocks)
+    check(make(*sizes, **options), 90, blocks)
 
 
 NARROW = {
@@ -123,21 +132,28 @@ def test_rows_of_a_tile_lie_in_different_banks(name):
 
 
 def test_a_barrier_left_out_shows():
-    """The race the machine is there for: without its barriers the kernel reads what others are writing."""
-    case = linear(1, 64, 256, 4, 128, k2=384, planes=2)
+    """The race the machine is there for: without a barrier the kernel reads what others are writing."""
+    case = linear(1, 64, 4096, 4, 128, k2=384, planes=2)
     made = case.compile(90)
-    object.__setattr__(made, "ptx", made.ptx.replace("bar.sync", "// bar.sync"))
-    with pytest.raises(PtxError, match="race"):
-        case.run(made)
+    before, *after = re.split(r"(?=\bbar\.sync)", made.ptx)
+    caught = 0
+    for left_out in range(len(after)):
+        parts = [f"// {text}" if i == left_out else text for i, text in enumerate(after)]
+        try:
+            case.run(dataclasses.replace(made, ptx=before + "".join(parts)))
+        except PtxError as error:
+            assert "race" in str(error)
+            caught += 1
+    # Triton is on the safe side once or twice.
+    assert len(after) - 2 <= caught and len(after) > 5
 
 
 def test_a_wait_too_short_shows():
     case = linear(1, 64, 4096, 4, 128)
     made = case.compile(90)
     longer = re.sub(r"(cp\.async\.wait_group\s+)(\d+)", lambda m: m[1] + str(int(m[2]) + 1), made.ptx)
-    object.__setattr__(made, "ptx", longer)
     with pytest.raises(PtxError, match="still on its way"):
-        case.run(made)
+        case.run(dataclasses.replace(made, ptx=longer))
 
 
 def test_operands_in_another_order_show():

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from crab_edge_calibration import quantize_rtn
-from crab_edge_export.plugin_compile import compile_products
-from crab_edge_export.plugin_nodes import Product
-
-from tests.ptx import plugin
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
+pytest.importorskip("onnx")
+
+from crab_edge_calibration import quantize_rtn  # noqa: E402
+from crab_edge_export.plugin_compile import compile_products  # noqa: E402
+from crab_edge_export.plugin_nodes import Product  # noqa: E402
+
+from tests.ptx import plugin  # noqa: E402
 
 HALF = {"dtype": "float16", "scales": "float16"}
 RANK, EXPERTS, GROUPS = 32, 3, 2
@@ -30,35 +32,31 @@ PRODUCTS = {one.plugin: one for one in (LINEAR, BESIDE, ADDED, ROUTE)}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def on_the_machine(kernels, name, tactic, rows, inputs, out):
-    return plugin.run(kernels, name, tactic, rows, inputs, out)
-
-
 def on_the_gpu(kernels, name, tactic, rows, inputs, out):
     from crab_edge.engines._cuda import Device
     from crab_edge.ilora.ptx_launch import Kernel
 
     device = Device(0)
-
-    def put(value):
-        data = np.ascontiguousarray(value)
-        memory = device.allocate(data.nbytes)
-        device.upload(data, memory.address)
+    try:
+        given = [device.allocate(np.ascontiguousarray(one).nbytes) for one in inputs]
+        for one, memory in zip(inputs, given, strict=True):
+            device.upload(np.ascontiguousarray(one), memory.address)
         device.synchronize()
-        return memory
-
-    memory = device.allocate(out.nbytes)
-    kernel = Kernel(device, kernels, name, tactic)
-    kernel.launch(rows, [put(one) for one in inputs], memory)
-    device.download(memory.address, out)
-    device.synchronize()
-    kernel.close()
-    device.close()
+        result = device.allocate(out.nbytes)
+        kernel = Kernel(device, kernels, name, tactic)
+        kernel.launch(rows, given, result)
+        device.download(result.address, out)
+        device.synchronize()
+        kernel.close()
+        for memory in (*given, result):
+            memory.free()
+    finally:
+        device.close()
     return out
 
 
 PLACES = {
-    "machine": pytest.param(on_the_machine, id="machine"),
+    "machine": pytest.param(plugin.run, id="machine"),
     "gpu": pytest.param(on_the_gpu, id="gpu", marks=needs_gpu),
 }
 

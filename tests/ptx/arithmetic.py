@@ -18,6 +18,13 @@ _COMPARE: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal,
 }  # fmt: skip
+# What may stand between name and type; anything else (saturation, carries, other rounding) is refused. With
+# ftz a GPU makes zeros of numbers below 2^-126, here they stay.
+_MODIFIERS = {
+    "add": {"rn"}, "sub": {"rn"}, "mul": {"rn", "lo", "hi", "wide"}, "mad": {"lo", "wide"}, "fma": {"rn"},
+    "div": {"full", "rn"}, "ex2": {"approx", "ftz"}, "sqrt": {"approx", "ftz", "rn"}, "rsqrt": {"approx"},
+    "rcp": {"approx", "rn"},
+}  # fmt: skip
 
 
 def view(bits: Array, kind: str) -> Array:
@@ -69,9 +76,11 @@ def _size(kind: str) -> int:
 def compute(parts: tuple[str, ...], a: list[Array]) -> tuple[Array, str]:
     """The result, and its type, of an arithmetic instruction on registers `a`."""
     name, kind = parts[0], parts[-1]
-    if name == "add" and parts[-2] == "f32":
+    if parts[:-1] == ("add", "rn", "f32") and kind in ("f16", "bf16"):
         # Of one operand in half precision and one in single.
         return view(a[0], kind).astype(np.float32) + view(a[1], "f32"), "f32"
+    if set(parts[1:-1]) - _MODIFIERS.get(name, set()):
+        raise PtxError(f"{'.'.join(parts)} isn't known")
     if kind[0] == "f" or kind.startswith("bf"):
         return _floats(name, kind, [view(one, kind) for one in a]), kind
     if name in ("mul", "mad"):
@@ -152,7 +161,7 @@ def _integers(name: str, kind: str, a: list[Array], raw: list[Array]) -> Array:
         return _permute(a)
     if name == "lop3":
         return _look_up(a)
-    if name in ("div", "rem"):
+    if name in ("div", "rem") and size == 32:
         quotient = np.trunc(a[0].astype(np.float64) / a[1]).astype(a[0].dtype)
         return quotient if name == "div" else a[0] - quotient * a[1]
     raise PtxError(f"no arithmetic {name}.{kind}")
@@ -188,11 +197,12 @@ def _look_up(a: list[Array]) -> Array:
 
 
 def compare(parts: tuple[str, ...], a: Array, b: Array) -> Array:
-    """setp.OP.TYPE: a comparison with a NaN is false but for ne and the unordered ones (ltu, neu, ..)."""
+    """setp.OP.TYPE: a comparison with a NaN is false but for the unordered ones (ltu, neu, ..)."""
     name, kind = parts[1], parts[2]
     if len(parts) != 3:
         raise PtxError(f"{'.'.join(parts)} isn't known")
-    if kind[0] == "f" and len(name) == 3 and name.endswith("u"):
+    floating = kind[0] == "f" or kind.startswith("bf")
+    if floating and len(name) == 3 and name.endswith("u"):
         x, y = view(a, kind), view(b, kind)
         return _COMPARE[name[:2]](x, y) | np.isnan(x) | np.isnan(y)
     name = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(name, name)
@@ -200,25 +210,24 @@ def compare(parts: tuple[str, ...], a: Array, b: Array) -> Array:
         raise PtxError(f"{'.'.join(parts)} isn't known")
     x, y = view(a, kind), view(b, kind)
     result = _COMPARE[name](x, y)
-    return result & ~(np.isnan(x) | np.isnan(y)) if kind[0] == "f" else result
+    return result & ~(np.isnan(x) | np.isnan(y)) if floating else result
 
 
 def convert(parts: tuple[str, ...], a: list[Array]) -> tuple[Array, str]:
     """cvt: the value and its type."""
     to, source = parts[-2], parts[-1]
+    rounding = {"rzi", "rni"} if to[0] in "su" and "f" in source else {"rn"} if "f" in to else set()
+    if set(parts[1:-2]) - rounding:
+        raise PtxError(f"{'.'.join(parts)} isn't known")
     if to.endswith("x2"):
         # The first operand gives the upper half.
         return np.stack([view(a[1], source), view(a[0], source)], -1), to
     value = view(a[0], source)
     integral = to[0] in "su"
     if integral and value.dtype.kind == "f":
-        if "rzi" not in parts and "rni" not in parts:
-            raise PtxError(f"{'.'.join(parts)} isn't known")
         limits = np.iinfo(f"{'i' if to[0] == 's' else 'u'}{_size(to)}")
         whole = np.trunc(value) if "rzi" in parts else np.rint(value)
         value = np.clip(np.nan_to_num(whole.astype(np.float64)), limits.min, limits.max).astype(np.int64)
-    elif integral and "sat" in parts:
-        raise PtxError(f"{'.'.join(parts)} isn't known")
     elif integral:
         value = value.astype(np.int64 if value.dtype.kind == "i" else np.uint64)
     return value, to

@@ -22,6 +22,9 @@ _FAMILIES = {
     "stmatrix": "_to_matrices", "bar": "_barrier",
 }  # fmt: skip
 _MAX_THREADS = 1 << 15
+_MAX_STEPS = 1 << 20
+_UNDEFINED = 0x7FFF7FFF7FFF7FFF
+"""What a register holds that nothing was written to: NaNs."""
 
 
 def launch(
@@ -38,10 +41,9 @@ def launch(
 
     arguments: addresses and numbers in the order of the parameters; shared: bytes of shared memory a
     block; only: which blocks (x, y, z) of the grid are executed, all of them without it; counts: is told of
-    every instruction. PtxError for
-    whatever a GPU might let pass and a right program doesn't do: accesses outside of an array, reads of what
-    nobody wrote, misaligned ones, races between warps, copies that nobody waited for, barriers that not all
-    threads come to.
+    every instruction. PtxError for whatever a GPU might let pass and a right program doesn't do: accesses
+    outside of an array, reads of memory that nobody wrote, misaligned ones, races between warps for shared
+    memory, copies that nobody waited for, barriers that not all threads come to.
     """
     program = parse(ptx)
     if program.threads is not None and program.threads != threads:
@@ -100,22 +102,26 @@ class _Run:
     def run(self) -> None:
         """Threads that stand at the earliest instruction go on, so those that part meet again."""
         end = len(self._program.instructions)
-        while (at := int(self._pc.min())) < end:
-            mask = self._pc == at
+        for _ in range(_MAX_STEPS):
+            at = int(self._pc.min())
+            if at >= end:
+                return
             instruction = self._program.instructions[at]
             try:
-                self._step(instruction, mask, at)
-            except PtxError as error:
-                raise PtxError(f"{self._program.entry}, {instruction}: {error}") from None
+                self._step(instruction, self._pc == at, at)
+            except (PtxError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+                what = error if isinstance(error, PtxError) else f"isn't known ({error!r})"
+                raise PtxError(f"{self._program.entry}, {instruction}: {what}") from error
+        raise PtxError(f"{self._program.entry} hasn't ended after {_MAX_STEPS} instructions")
 
     def _step(self, instruction: Instruction, mask: Mask, at: int) -> None:
         self._pc[mask] = at + 1
-        if instruction.guard is not None:
-            guard = self._read(instruction.guard)
-            mask = mask & (~guard if instruction.inverted else guard)
         name = self._name = instruction.parts[0]
         if self._counts is not None:
             self._counts.instruction(name, int(mask.reshape(-1, 32).any(1).sum()))
+        if instruction.guard is not None:
+            guard = self._read(instruction.guard)
+            mask = mask & (~guard if instruction.inverted else guard)
         if name in ("bra", "ret", "exit"):
             target = len(self._program.instructions)
             if name == "bra":
@@ -144,9 +150,9 @@ class _Run:
         elif operand.lstrip("-")[:1].isdigit():
             value = int(operand.rstrip("U"), 0)
         elif operand.startswith("%") or operand.isalpha():
-            # Compilers join undefined halves with defined ones; whatever uses them becomes a NaN.
+            # Compilers join undefined halves with defined ones; what is computed from them becomes a NaN.
             self._program.width(operand)
-            value = 0x7FFF7FFF7FFF7FFF
+            value = _UNDEFINED
         else:
             raise PtxError(f"operand {operand} isn't known")
         if kind == "pred":
@@ -161,15 +167,15 @@ class _Run:
         if width > 1 and raw.dtype.itemsize * 8 < width and kind[0] == "s":
             raw = arithmetic.view(raw, kind).astype(f"i{width // 8}").view(f"u{width // 8}")
         raw = raw.astype(bool if width == 1 else f"u{width // 8}")
-        old = self._registers.get(register)
-        if old is not None and not mask.all():
-            raw = np.where(mask, raw, old)
+        if not mask.all():
+            old = self._registers.get(register)
+            raw = np.where(mask, raw, np.array(_UNDEFINED).astype(raw.dtype) if old is None else old)
         self._registers[register] = raw
 
-    def _address(self, operand: str) -> tuple[Array, int]:
+    def _address(self, operand: str) -> Array:
         """What stands in brackets: a register or symbol, and bytes to add."""
         base, _, offset = operand.replace(" ", "").partition("+")
-        return self._read(base, "b64"), int(offset or "0", 0)
+        return self._read(base, "b64").astype(np.int64) + int(offset or "0", 0)
 
     # Instructions
 
@@ -200,16 +206,15 @@ class _Run:
         registers = to if isinstance(to, tuple) else (to,)
         kind = parts[-1]
         if parts[1] == "param":
-            base, offset = str(source), 0
+            base = str(source)
             if base not in self._arguments:
                 raise PtxError(f"no parameter {base}")
             width = int(kind[1:])
             value = np.full(self._count, self._arguments[base] & ((1 << width) - 1), f"u{width // 8}")
             return self._write(registers[0], value, kind, mask)
-        base, offset = self._address(str(source))
         each = int(kind[1:]) // 8
-        where = base[mask] + np.array(offset, base.dtype)
-        if parts[1] == "global":
+        where = self._address(str(source))[mask]
+        if self._is_global(parts):
             data = self._memory.load(where, each * len(registers))
         else:
             data = self._shared.load(self._block[mask], self._warp[mask], where, each * len(registers))
@@ -219,16 +224,21 @@ class _Run:
             value[mask] = numbers[:, i]
             self._write(register, arithmetic.view(value, kind), kind, mask)
 
+    @staticmethod
+    def _is_global(parts: tuple[str, ...]) -> bool:
+        if parts[1] not in ("global", "shared", "shared_cta") or set(parts[2:-1]) - {"v2", "v4"}:
+            raise PtxError("isn't known")
+        return parts[1] == "global"
+
     def _store(self, instruction: Instruction, parts: tuple[str, ...], mask: Mask) -> None:
         to, source = instruction.operands
         registers = source if isinstance(source, tuple) else (source,)
         kind = parts[-1]
-        base, offset = self._address(str(to))
-        where = base[mask] + np.array(offset, base.dtype)
+        where = self._address(str(to))[mask]
         each = int(kind[1:]) // 8
         values = np.stack([self._read(one, kind)[mask].astype(f"<u{each}") for one in registers], -1)
         data = values.view(np.uint8)
-        if parts[1] == "global":
+        if self._is_global(parts):
             self._memory.store(where, data)
         else:
             self._shared.store(self._block[mask], self._warp[mask], where, data)
@@ -245,14 +255,12 @@ class _Run:
         to, source, size = (str(one) for one in instruction.operands[:3])
         count = int(size, 0)
         taken = self._read(str(instruction.operands[3])) if len(instruction.operands) > 3 else None
-        target, offset = self._address(to)
-        base, ahead = self._address(source)
         data = np.zeros((self._count, count), np.uint8)
         reads = mask if taken is None else mask & (taken > 0)
         if taken is not None and (~np.isin(taken[mask], (0, count))).any():
             raise PtxError("copies of a part aren't known")
-        data[reads] = self._memory.load(base[reads] + np.array(ahead, base.dtype), count)
-        where = target[mask] + np.array(offset, target.dtype)
+        data[reads] = self._memory.load(self._address(source)[reads], count)
+        where = self._address(to)[mask]
         block, warp = self._block[mask], self._warp[mask]
         self._shared.begin_copy(block, warp, where, data[mask])
         self._copies.append((block, self._committed[block], warp, where, data[mask]))
@@ -331,8 +339,7 @@ class _Run:
             raise PtxError("isn't known")
         count = int(parts[4][1:])
         giving = mask & (np.arange(self._count) % 32 < 8 * count)
-        base, offset = self._address(operand)
-        return count, giving, base[giving] + np.array(offset, base.dtype)
+        return count, giving, self._address(operand)[giving]
 
     def _from_matrices(self, instruction: Instruction, parts: tuple[str, ...], mask: Mask) -> None:
         to, source = instruction.operands

@@ -14,37 +14,36 @@ Bytes = NDArray[np.uint8]
 Places = NDArray[np.int64]
 Count = Callable[[Places, NDArray[Any], int], None]
 
-_GLOBAL = 1 << 40
-_GAP = 4096
+_GLOBAL, _APART = 1 << 40, 1 << 32
 SHARED = 1024
 """Where shared memory begins: addresses near zero are mistakes."""
 
 
 class Global:
-    """Device memory: arrays put into it, at addresses far enough from each other that a stray meets none."""
+    """Device memory: arrays put into it, 4 GiB from each other, so that a stray from one meets no other.
+
+    Loads of what the same launch stored aren't looked at: no race is noticed here.
+    """
 
     def __init__(self) -> None:
-        self._data = np.zeros(_GAP, np.uint8)
-        self._there = np.zeros(_GAP, bool)
-        self._written = np.zeros(_GAP, bool)
-        self._stored = np.zeros(_GAP, bool)
+        self._data = np.zeros(0, np.uint8)
+        self._written, self._stored = (np.zeros(0, bool) for _ in range(2))
+        # Where each array begins in the bytes above, and how many it has.
+        self._starts, self._sizes = (np.zeros(0, np.int64) for _ in range(2))
 
     def put(self, array: NDArray[Any], written: bool = True) -> int:
         """The address of a copy of the array; with written=False nothing may read it before it is stored."""
         data = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
-        start, room = len(self._data), -(-data.size // 256) * 256 + _GAP
-        fresh = np.zeros(room, np.uint8)
-        fresh[: data.size] = data
-        there = np.arange(room) < data.size
-        self._data = np.concatenate([self._data, fresh])
-        self._there = np.concatenate([self._there, there])
-        self._written = np.concatenate([self._written, there & written])
-        self._stored = np.concatenate([self._stored, np.zeros(room, bool)])
-        return _GLOBAL + start
+        self._starts = np.append(self._starts, len(self._data))
+        self._sizes = np.append(self._sizes, data.size)
+        self._data = np.concatenate([self._data, data])
+        self._written = np.concatenate([self._written, np.full(data.size, written)])
+        self._stored = np.concatenate([self._stored, np.zeros(data.size, bool)])
+        return _GLOBAL + (len(self._starts) - 1) * _APART
 
     def get(self, address: int, like: NDArray[Any]) -> NDArray[Any]:
         """What lies at an address, as an array of `like`'s type and shape, all of it written."""
-        start = address - _GLOBAL
+        start = int(self._starts[(address - _GLOBAL) // _APART]) + (address - _GLOBAL) % _APART
         if not self._written[start : start + like.nbytes].all():
             missing = int((~self._written[start : start + like.nbytes]).sum())
             raise PtxError(f"{missing} of {like.nbytes} bytes were never stored")
@@ -69,14 +68,13 @@ class Global:
         self._written[place] = self._stored[place] = True
 
     def _place(self, address: NDArray[np.uint64], size: int) -> Places:
-        start = address.astype(np.int64) - _GLOBAL
+        array, start = np.divmod(address.astype(np.int64) - _GLOBAL, _APART)
         if (start % size).any():
             raise PtxError(f"an access of {size} bytes at an address that isn't a multiple of them")
-        inside = (start >= 0) & (start + size <= len(self._data))
-        place = start[:, None] + np.arange(size)
-        if not inside.all() or not self._there[place].all():
+        known = (array >= 0) & (array < len(self._starts))
+        if not known.all() or (start + size > self._sizes[array]).any():
             raise PtxError(f"an access of {size} bytes outside of every array")
-        return place
+        return (self._starts[array] + start)[:, None] + np.arange(size)
 
 
 class Shared:
@@ -84,6 +82,7 @@ class Shared:
 
     Between two barriers a byte that one warp writes may not be read or otherwise written by another, nor a
     byte that one reads be written by another; a byte that a copy is on its way to may not be touched at all.
+    The lanes of a warp go in step here, so what they need among themselves isn't looked at.
     """
 
     def __init__(self, blocks: int, size: int, count: Count = lambda *access: None) -> None:
@@ -92,6 +91,7 @@ class Shared:
         self._data = np.zeros(blocks * size, np.uint8)
         self._written = np.zeros(blocks * size, bool)
         self._coming = np.zeros(blocks * size, bool)
+        self._arriving = np.zeros(blocks * size, np.uint8)
         # Warp and interval between barriers of the last access; warps are numbered through all blocks.
         self._writer, self._reader = (np.full(blocks * size, -1, np.int32) for _ in range(2))
         self._wrote, self._read = (np.full(blocks * size, -1, np.int32) for _ in range(2))
@@ -134,6 +134,9 @@ class Shared:
         place = self._place(block, address, data.shape[1])
         self._count(warp, address, data.shape[1])
         self._claim(block, warp, place, data)
+        self._arriving[place] = data
+        if (self._arriving[place] != data).any():
+            raise PtxError("two threads copy different values to one place of shared memory")
         self._coming[place] = True
 
     def end_copy(self, block: Places, warp: Places, address: NDArray[Any], data: Bytes) -> None:

@@ -62,7 +62,7 @@ def test_warps_meet_at_a_barrier():
 
 
 def test_what_another_warp_wrote_needs_a_barrier():
-    # Within a warp none is needed.
+    # The lanes of a warp go in step here.
     assert (run(SWAP.format(barrier="", mask=4)) == GIVEN[np.arange(64) ^ 1]).all()
     with pytest.raises(PtxError, match="a race: a read of shared memory that another warp wrote"):
         run(SWAP.format(barrier="", mask=128))
@@ -113,6 +113,13 @@ def test_a_copy_of_nothing_reads_nothing_and_writes_zeros():
         ("st.shared.b32 [%r3], %r1;", "different values to one place"),
         ("setp.lt.u32 %p1, %r1, 32;\n@%p1 bar.sync 0;", "not all threads of a block"),
         ("setp.lt.u32 %p1, %r1, 3;\n@%p1 shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;", "threads of a warp are"),
+        ("cp.async.ca.shared.global [%r3], [%rd4], 4;", "copy different values"),
+        ("ld.global.b32 %r5, [%rd4+65536];", "outside of every array"),
+        ("ld.global.b32 %r5, [%rd1+-4];", "outside of every array"),
+        ("add.sat.s32 %r5, %r1, %r1;", "add.sat.s32 isn't known"),
+        ("ld.volatile.global.b32 %r5, [%rd4];", "isn't known"),
+        ("membar.gl;", "isn't known"),
+        ("$L_a:\nbra $L_a;", "hasn't ended"),
         ("vadd.s32 %r5, %r1, %r1;", "no arithmetic vadd"),
         ("st.global.b32 [%rd5], %q1;", "%q1 isn't declared"),
     ],
@@ -151,6 +158,9 @@ def test_turns_at_shared_memory_are_counted(stride, turns):
 def test_undefined_values_become_nans():
     body = "\tmov.b32 %r5, {%rs1, %rs2};\n\tst.global.b32 [%rd5], %r5;\n"
     assert np.isnan(run(body).view(np.float16)).all()
+    # Also in the threads that a guard leaves out.
+    guarded = "setp.lt.u32 %p1, %r1, 2;\n@%p1 mov.b32 %r5, 0;\nst.global.b32 [%rd5], %r5;\n"
+    assert np.isnan(run(guarded).view(np.float16)).reshape(64, 2).all(1).tolist() == [False] * 2 + [True] * 62
 
 
 def test_threads_that_part_meet_again():

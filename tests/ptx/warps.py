@@ -26,7 +26,7 @@ def shuffle(mode: str, value: Array, by: Array, clamp: Array) -> Array:
     if mode == "bfly":
         source = _LANE ^ by
     elif mode == "idx":
-        source = by + 0 * _LANE
+        source = (by & 31) + 0 * _LANE
     elif mode == "down":
         source = _LANE + by
     elif mode == "up":

@@ -30,6 +30,10 @@ def drawn(*shape, dtype=torch.float32, seed=0):
 
 @pytest.fixture
 def launcher(request, monkeypatch):
+    # Whatever torch leaves empty is NaN then, so that a store left out shows.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     return Launcher(request.param).install(monkeypatch)
 
 
