@@ -41,12 +41,9 @@ class Launcher:
         signature, constants, known = {}, {}, {}
         for index, parameter in enumerate(function.params):
             value = arguments[parameter.name]
-            specialised = not (parameter.is_constexpr or parameter.do_not_specialize)
-            if (
-                parameter.is_constexpr
-                or value is None
-                or (specialised and value is not True and _is_one(value))
-            ):
+            specialised = not parameter.do_not_specialize
+            one = specialised and isinstance(value, int) and value == 1
+            if parameter.is_constexpr or value is None or one:
                 signature[parameter.name], constants[(index,)] = "constexpr", value
                 continue
             signature[parameter.name] = _kind(value)
@@ -65,17 +62,15 @@ class Launcher:
     @staticmethod
     def _execute(made: Any, passed: list[Any], grid: tuple[int, ...]) -> None:
         """Tensors' storages are put into the machine's memory whole and taken back after."""
-        memory, places = Global(), {}
+        memory, places, numbers = Global(), {}, []
         for one in passed:
-            if isinstance(one, torch.Tensor):
-                raw = _raw(one)
-                places.setdefault(raw.data_ptr(), (memory.put(raw.numpy()), raw))
-        numbers = [
-            places[_raw(one).data_ptr()][0] + one.storage_offset() * one.element_size()
-            if isinstance(one, torch.Tensor)
-            else one
-            for one in passed
-        ]
+            if not isinstance(one, torch.Tensor):
+                numbers.append(one)
+                continue
+            raw = _raw(one)
+            if raw.data_ptr() not in places:
+                places[raw.data_ptr()] = memory.put(raw.numpy()), raw
+            numbers.append(places[raw.data_ptr()][0] + one.storage_offset() * one.element_size())
         x, y, z = grid
         warps, shared = made.metadata.num_warps, made.metadata.shared
         launch(made.asm["ptx"], memory, [*numbers, 0, 0], (x, y, z), 32 * warps, shared)
@@ -87,10 +82,6 @@ class Launcher:
 def _raw(tensor: torch.Tensor) -> torch.Tensor:
     """All bytes of a tensor's storage."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-
-
-def _is_one(value: Any) -> bool:
-    return isinstance(value, int) and value == 1
 
 
 def _kind(value: Any) -> str:
