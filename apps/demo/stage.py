@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 from crab_edge_apps.demo import markup
 from crab_edge_apps.demo.texts import say
-from crab_edge_apps.demo.visitors import Visitor
+from crab_edge_apps.demo.visitors import Facts, Visitor
 
 _ICON = (
     '<svg viewBox="0 0 48 48" fill="none" stroke="currentColor" stroke-width="2.2" stroke-linecap="round" '
@@ -25,8 +26,10 @@ def nothing(language: str, max_mb: float, max_minutes: float) -> str:
 def opened(visitor: Visitor, language: str, max_mb: float, max_minutes: float) -> str:
     """Players for the clip's files and one line of facts."""
     players = "".join(
-        _player(path, name, kind)
-        for path, name, kind in zip(visitor.media, visitor.names, visitor.facts.kinds, strict=True)
+        _player(path, name, kind, size)
+        for path, name, kind, size in zip(
+            visitor.media, visitor.names, visitor.facts.kinds, _sizes(visitor.facts), strict=True
+        )
     )
     unplayable = f'<p class="ce-note ce-unplayable" hidden>{markup.text(say(language, "no_player"))}</p>'
     notices = "".join(f'<p class="ce-note">{markup.text(notice)}</p>' for notice in visitor.facts.notices)
@@ -47,11 +50,21 @@ def _limits(language: str, max_mb: float, max_minutes: float) -> str:
     return f'<p class="ce-limits">{markup.text(limits)}</p>'
 
 
-def _player(path: Path, name: str, kind: str) -> str:
+def _sizes(facts: Facts) -> Iterator[tuple[int, int] | None]:
+    """(width, height) of each file's picture, None for sounds; `facts.sizes` has videos before images."""
+    videos = facts.kinds.count("video")
+    queues = {"video": iter(facts.sizes[:videos]), "image": iter(facts.sizes[videos:])}
+    for kind in facts.kinds:
+        yield next(queues[kind]) if kind in queues else None
+
+
+def _player(path: Path, name: str, kind: str, size: tuple[int, int] | None) -> str:
     source, label = url(path), markup.text(name)
+    # Its room is kept before the browser has read it: the page doesn't jump under a finger.
+    room = "" if size is None else f'width="{size[0]}" height="{size[1]}" '
     if kind == "image":
-        return f'<img src="{source}" alt="{label}">'
-    how = "playsinline " if kind == "video" else ""
+        return f'<img {room}src="{source}" alt="{label}">'
+    how = f"{room}playsinline " if kind == "video" else ""
     return f'<{kind} src="{source}" controls {how}preload="metadata" aria-label="{label}"></{kind}>'
 
 

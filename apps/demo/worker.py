@@ -84,12 +84,13 @@ class Job:
     def run(self) -> None:
         """In the worker's thread."""
         try:
-            self._send("end", self._work(self))
+            last: tuple[str, Any] = ("end", self._work(self))
         except BaseException as error:
             self.failed = True
-            self._send("error", error)
-        finally:
-            self.finished.set()
+            last = ("error", error)
+        # Before its end is told: whoever hears of it finds the job finished.
+        self.finished.set()
+        self._send(*last)
 
     def _send(self, kind: str, value: Any) -> None:
         # The loop is closed when the server is.
@@ -133,8 +134,8 @@ class Worker:
                 return False
             self._jobs.remove(job)
         # Whoever waits for its events, the page's other action included, hears of the end.
-        job._send("end", None)
         job.finished.set()
+        job._send("end", None)
         return True
 
     def close(self) -> None:

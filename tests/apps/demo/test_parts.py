@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from crab_edge_apps.demo import answers, exports, markup, panel, texts, timeline
+from crab_edge_apps.demo import answers, exports, markup, panel, stage, texts, timeline
 from crab_edge_apps.demo.guard import Guard
 from crab_edge_apps.demo.look import Look, levels
 from crab_edge_apps.demo.store import PREFIX, Store, remove_abandoned
@@ -51,6 +51,29 @@ def test_hostile_texts_stay_texts():
             markup.error(EVIL, EVIL),
         ):
             assert hostile(html) == [] and "alert(1)" in html
+
+
+def test_every_picture_gets_its_own_room():
+    facts = SimpleNamespace(
+        kinds=("image", "audio", "video", "image"),
+        sizes=((640, 360), (48, 64), (5, 7)),  # videos come first
+        sound=True,
+        notices=(),
+    )
+    names = ("a.png", "b.wav", "c.mp4", "d.png")
+    visitor = SimpleNamespace(media=names, names=names, facts=facts, look=Look(10.0, (), None, 1.5))
+    html = stage.opened(visitor, "en", 5, 1)
+    found = [
+        (kind, dict(re.findall(r'(\w+)="([^"]*)"', rest)))
+        for kind, rest in re.findall(r"<(img|audio|video) ([^>]*)>", html)
+    ]
+    rooms = [(kind, name["src"][-5:], name.get("width"), name.get("height")) for kind, name in found]
+    assert rooms == [
+        ("img", "a.png", "48", "64"),
+        ("audio", "b.wav", None, None),
+        ("video", "c.mp4", "640", "360"),
+        ("img", "d.png", "5", "7"),
+    ]
 
 
 def test_tracks_are_apart_and_in_place():
@@ -152,6 +175,35 @@ def test_jobs_run_one_after_the_other_and_the_queue_is_bounded():
         gate.set()
         await asyncio.gather(first.wait(), second.wait())
         assert order == [1, 2]
+        worker.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("ends", ["done", "failed", "withdrawn"])
+def test_whoever_hears_of_the_end_finds_the_job_finished(ends):
+    async def run():
+        worker, began, gate = Worker("test", 2), threading.Event(), threading.Event()
+
+        def work(job):
+            assert gate.wait(5) and ends != "failed", "no work"
+
+        running = worker.submit(lambda job: (began.set(), work(job)))
+        job = worker.submit(lambda job: None) if ends == "withdrawn" else running
+        send, seen = job._send, []
+        # As if the worker's thread lost its turn for long, right after it had told.
+        job._send = lambda *what: (
+            seen.append(job.finished.is_set()),
+            send(*what),
+            threading.Event().wait(0.1),
+        )
+        assert await asyncio.to_thread(began.wait, 5)
+        if ends == "withdrawn":
+            assert worker.withdraw(job)
+        gate.set()
+        with contextlib.suppress(AssertionError):
+            await job.wait()
+        assert seen == [True] and job.finished.is_set() and job.failed == (ends == "failed")
         worker.close()
 
     asyncio.run(run())
