@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 from crab_edge_apps.demo import answers, asking, exports, markup, pictures
+from crab_edge_apps.demo.openings import Opening, Openings
 from crab_edge_apps.demo.render import Changes, Parts, Renderer
 from crab_edge_apps.demo.texts import say
 from crab_edge_apps.demo.turns import Turn
@@ -39,7 +40,7 @@ class Actions:
         self.parts = parts
         self._answering = answering
         self._decoding = decoding
-        self._opening: dict[str, Job] = {}
+        self._openings = Openings()
 
     # Opening
 
@@ -67,32 +68,52 @@ class Actions:
         self, given: list[Any] | None, language: str, key: str, *, recorded: bool = False
     ) -> AsyncIterator[Changes]:
         parts = self.parts
-        yield {parts.message: _status(say(language, "opening"))}
-        try:
-            await self._end_running(key)
-            job = self._opening[key] = self._decoding.submit(
-                lambda job: self._opened(job, key, given, recorded)
-            )
+        visitor: Visitor | None = None
+        with self._openings.begin(key) as opening:
+            yield {parts.message: _status(say(language, "opening"))}
             try:
-                visitor: Visitor = await job.wait()
-            finally:
-                self._opening.pop(key, None)
-        except Exception as error:
-            yield {parts.message: explained(error, language), **self._emptied()}
-            return
-        shown = self.renderer.everything(visitor, language)
-        yield {parts.message: "", parts.live: "", **self._emptied(), **shown}
+                await self._end_running(key)
+                # None where this opening is no longer wanted.
+                visitor = await opening.decodes(
+                    self._decoding.submit(lambda job: self._opened(job, opening, key, given, recorded))
+                ).wait()
+            except Exception as error:
+                if not opening.unwanted:
+                    told = explained(error, opening.language or language)
+                    yield {parts.message: told, **self._emptied()}
+                    return
+            if visitor is None or opening.unwanted:
+                yield {parts.message: gr.skip()}
+                return
+            shown = self.renderer.everything(visitor, opening.language or language)
+            yield {parts.message: "", parts.live: "", **self._emptied(), **shown}
 
-    def _opened(self, job: Job, key: str, given: list[Any] | None, recorded: bool) -> Visitor:
+    def _opened(
+        self, job: Job, opening: Opening, key: str, given: list[Any] | None, recorded: bool
+    ) -> Visitor | None:
+        def left() -> bool:
+            return opening.left or job.cancelled()
+
+        uploads: list[Path] = []
         if given is None:
             from crab_edge.bundle import sample_clip
 
-            example = sample_clip()
-            visitor = self.visitors.open(key, [example], [example.name], keep=True)
+            clip, names = [sample_clip()], [sample_clip().name]
         else:
-            visitor = self.visitors.open(key, *self.visitors.store.uploaded(given), recorded=recorded)
-        if job.cancelled():  # the page was closed meanwhile
+            uploads, names = self.visitors.store.uploaded(given)
+            clip = uploads
+        visitor = self.visitors.open(
+            key,
+            clip,
+            names,
+            keep=given is None,
+            recorded=recorded,
+            unwanted=lambda: opening.unwanted or left(),
+        )
+        if left():  # perhaps just after it was asked
             self.visitors.leave(key)
+            for upload in uploads:
+                self.visitors.store.drop(upload)
         return visitor
 
     def _emptied(self) -> Changes:
@@ -107,7 +128,7 @@ class Actions:
             return
         visitor.job.cancel()
         until = time.monotonic() + _LEAVE_WAIT_S
-        while visitor.busy and not self._answering.withdraw(visitor.job) and time.monotonic() < until:
+        while visitor.busy and not visitor.job.withdraw() and time.monotonic() < until:
             await asyncio.sleep(0.05)
 
     # Asking. These change the card of the running answer only; `told` then shows what came of it.
@@ -175,12 +196,16 @@ class Actions:
         self, request: gr.Request, work: Callable[[Job, Visitor], Turn], language: str
     ) -> AsyncIterator[Any]:
         """Runs a job: what it emits, `Tick`s, and `Shown` for what is to be shown instead of them."""
-        visitor = self.visitors.get(str(request.session_hash))
+        key = str(request.session_hash)
+        visitor = self.visitors.get(key)
+        if self._openings.of(key):
+            yield Shown(refused(language, "still_opening"))
+            return
         if visitor is None:
             yield Shown(refused(language, "need_clip"))
             return
         if visitor.busy:
-            drawing = visitor.job is visitor.told
+            drawing = visitor.job is not visitor.asked
             # The running answer's card stays; a video that is being drawn has none.
             yield Shown(refused(language, "already") if drawing else gr.skip())
             return
@@ -193,39 +218,43 @@ class Actions:
             return turn
 
         try:
-            job = visitor.job = self._answering.submit(whole)
+            job = visitor.job = visitor.asked = self._answering.submit(whole)
             yield Tick(self._answering.ahead(job))
             async for event in job.events():
-                if job.cancelled() and self._answering.withdraw(job):
+                if job.cancelled() and job.withdraw():
                     yield Shown("")
                     return
                 yield event
-            if self.visitors.get(str(request.session_hash)) is not visitor:
+            if self.visitors.get(key) is not visitor:
                 yield Shown("")  # another clip was opened meanwhile: no card of the old one stays
         except Exception as error:
-            yield Shown(explained(error, language))
+            yield Shown("" if self.visitors.get(key) is not visitor else explained(error, language))
 
     def told(self, language: str, request: gr.Request) -> Changes:
         """What an answer changed, once it is there."""
-        visitor = self.visitors.get(str(request.session_hash))
-        job = visitor.job if visitor is not None else None
-        if visitor is None or visitor.busy or job is None or job.failed or job is visitor.told:
+        key = str(request.session_hash)
+        visitor = self.visitors.get(key)
+        job = visitor.asked if visitor is not None else None
+        done = job is not None and job.finished.is_set() and not job.failed
+        if visitor is None or job is visitor.told or not done:
             return {self.parts.live: gr.skip()}
         visitor.told = job
-        return {self.parts.live: "", **self.renderer.told(visitor, language)}
+        changes = {self.parts.live: "", **self.renderer.told(visitor, language)}
+        # Another clip may have been shown while this was written.
+        return changes if self.visitors.get(key) is visitor else {self.parts.live: gr.skip()}
 
-    def stop(self, request: gr.Request) -> None:
-        """Ends the visitor's answer; what was said so far stays."""
+    def stop(self, request: gr.Request) -> Any:
+        """Ends the visitor's answer; what was said so far stays. A card without an answer goes."""
         visitor = self.visitors.get(str(request.session_hash))
         if visitor is not None and visitor.job is not None:
             visitor.job.cancel()
+        running = visitor is not None and (visitor.busy or visitor.asked is not visitor.told)
+        return gr.skip() if running else ""
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed, perhaps while its clip was being decoded."""
         key = str(request.session_hash)
-        opening = self._opening.get(key)
-        if opening is not None:
-            opening.cancel()
+        self._openings.leave(key)
         self.visitors.leave(key)
 
     # Exporting
@@ -233,6 +262,9 @@ class Actions:
     async def make_video(self, language: str, request: gr.Request) -> AsyncIterator[str]:
         """The annotated video, as a link."""
         visitor = self.visitors.get(str(request.session_hash))
+        if self._openings.of(str(request.session_hash)):
+            yield refused(language, "still_opening")
+            return
         if visitor is None or not visitor.turns:
             yield refused(language, "export_empty")
             return
@@ -253,7 +285,7 @@ class Actions:
 
         share, sent = 0.0, 0.0
         try:
-            job = visitor.job = visitor.told = self._decoding.submit(work)
+            job = visitor.job = self._decoding.submit(work)
             async for event in job.events():
                 share = event if isinstance(event, float) else share
                 if time.monotonic() - sent >= 5 * _SEND_EVERY_S:
@@ -267,7 +299,9 @@ class Actions:
 
     def speak(self, language: str, request: gr.Request) -> Changes:
         """The page in another language."""
-        return self.renderer.translated(self.visitors.get(str(request.session_hash)), language)
+        key = str(request.session_hash)
+        self._openings.speak(key, language)
+        return self.renderer.translated(self.visitors.get(key), language)
 
 
 class Shown:

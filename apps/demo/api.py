@@ -58,7 +58,10 @@ def endpoint(visitors: Visitors, answering: Worker, decoding: Worker) -> Callabl
 
 
 def _opened(visitors: Visitors, job: Job, key: str, paths: list[Path], names: list[str]) -> Visitor:
-    visitor = visitors.open(key, paths, names)
-    if job.cancelled():  # the client left while its clip was being decoded
+    visitor = visitors.open(key, paths, names, unwanted=job.cancelled)
+    if visitor is None or job.cancelled():  # the client left while its clip was being decoded
         visitors.leave(key)
+        for path in paths:
+            visitors.store.drop(path)
+        raise CrabError("the client left")
     return visitor

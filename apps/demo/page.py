@@ -193,8 +193,9 @@ def _lay_out(language: str) -> Parts:
 
 def _wire(blocks: gr.Blocks, actions: Actions, parts: Parts, language: str | None) -> None:
     every, changed = parts.all(), parts.about_answers()
-    # Raw file data: our own check of the paths, and no file of Gradio's making beside them.
-    raw: dict[str, Any] = {"preprocess": False, **_PASS}
+    # Raw file data: our own check of the paths, and no file of Gradio's making beside them. While one clip
+    # opens another may be chosen.
+    raw: dict[str, Any] = {"preprocess": False, "trigger_mode": "multiple", **_PASS}
     parts.file.upload(actions.open_files, [parts.file, parts.language], every, **raw)
     for recorder in (parts.camera, parts.microphone):
         recorder.change(actions.open_recording, [recorder, parts.language], every, **raw)
@@ -208,7 +209,7 @@ def _wire(blocks: gr.Blocks, actions: Actions, parts: Parts, language: str | Non
         ),
     ):
         asked.then(actions.told, [parts.language], changed, **_PASS)
-    parts.stop.click(actions.stop, None, None, queue=False, **_PASS)
+    parts.stop.click(actions.stop, None, parts.live, queue=False, **_PASS)
     parts.make_video.click(actions.make_video, [parts.language], parts.made_video, **_PASS)
 
     def toggle(which: str) -> Changes:
@@ -225,6 +226,6 @@ def _wire(blocks: gr.Blocks, actions: Actions, parts: Parts, language: str | Non
             return {parts.language: gr.skip()}
         return {parts.language: wanted, **actions.speak(wanted, request)}
 
-    parts.language.input(actions.speak, [parts.language], every, **_PASS)
+    parts.language.input(actions.speak, [parts.language], every, trigger_mode="always_last", **_PASS)
     blocks.load(arrive, None, every, **_PASS)
     blocks.unload(actions.leave)

@@ -83,6 +83,7 @@ class Server:
 
         settings = self.settings
         self.visitors = Visitors(self.store, self.model, settings.max_minutes)
+        self.store.also_sweep.append(self.visitors.forget_abandoned)
         shown = page.Shown(settings.max_mb, settings.max_minutes, settings.language)
         self.blocks = page.build(self.model, self.visitors, (self._answering, self._decoding), shown)
         guard = Middleware(

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +33,10 @@ _SUFFIXES = frozenset(
 
 
 class Store:
-    """The folder of one run. `max_bytes`: what all files in it may take together."""
+    """The folder of one run. `max_bytes`: what all files in it may take together.
+
+    `also_sweep`: called once a minute, with the sweep of the uploads.
+    """
 
     def __init__(self, max_bytes: float, *, parent: Path | None = None) -> None:
         self.max_bytes = max_bytes
@@ -47,6 +50,7 @@ class Store:
         # No file is moved while the files are counted: one could be missed.
         self._counting = threading.Lock()
         self._closed = threading.Event()
+        self.also_sweep: list[Callable[[], None]] = []
         threading.Thread(target=self._sweep_regularly, name="demo-sweep", daemon=True).start()
 
     def new_folder(self) -> Path:
@@ -105,6 +109,14 @@ class Store:
             self.drop(upload)
         return place
 
+    def give_back(self, places: Sequence[Path], uploads: Sequence[Path]) -> None:
+        """Undoes `take`, so that the same uploads can be taken once more."""
+        with self._counting, contextlib.suppress(OSError):
+            for place, upload in zip(places, uploads, strict=True):
+                if not upload.exists():
+                    upload.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    os.link(place, upload)
+
     def drop(self, upload: Path) -> None:
         """Removes an upload, if it is still there, and its folder."""
         with contextlib.suppress(OSError):
@@ -149,8 +161,9 @@ class Store:
 
     def _sweep_regularly(self) -> None:
         while not self._closed.wait(_SWEEP_EVERY_S):
-            with contextlib.suppress(OSError):
-                self.sweep()
+            for sweep in (self.sweep, *self.also_sweep):
+                with contextlib.suppress(OSError):
+                    sweep()
 
     def close(self) -> None:
         """Removes everything."""

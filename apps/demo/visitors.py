@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 KEPT_DECODED = 3
 MOST_VISITORS = 32
 IDLE_S = 60 * 60.0
+ABANDONED_S = 8 * 60 * 60.0
 _MOST_FILES = 6
 _MOST_TURNS = 30
 
@@ -72,7 +73,7 @@ class Visitor:
     """One open page. `names` are the files' names as uploaded, for showing only; `drawn`: task -> picture.
 
     `session` is None while the decoded media are put away;
-    `told` is the last job whose result is on the page.
+    `job` is their last one, `asked` the last that answers; `told` the last whose answer is on the page.
     """
 
     folder: Path
@@ -85,6 +86,7 @@ class Visitor:
     left: tuple[Path, ...] = ()
     drawn: dict[str, str] = field(default_factory=dict)
     job: Job | None = None
+    asked: Job | None = None
     told: Job | None = None
     used: float = field(default_factory=time.monotonic)
     number: int = 0
@@ -126,12 +128,14 @@ class Visitors:
         *,
         keep: bool = False,
         recorded: bool = False,
-    ) -> Visitor:
+        unwanted: Callable[[], bool] = lambda: False,
+    ) -> Visitor | None:
         """In the decoding thread: opens files as the visitor's clip, which replaces the one before.
 
         `keep`: the files aren't uploads and stay where they are (the example); `recorded`: the recorder
-        still shows them. On an error the clip before stays open. Raises what opening a clip raises, with
-        the names that the visitor knows.
+        still shows them; `unwanted`: asked at the end; where it is true the uploads can be opened again and
+        the result is None. Then, and on an error, the clip before stays open. Raises what opening a clip
+        raises, with the names that the visitor knows.
         """
         if not uploads:
             raise InputError("no file was given; choose a video, a sound or a picture")
@@ -147,6 +151,11 @@ class Visitors:
             facts = Facts.of(session, media, names)
             fresh = Visitor(folder, tuple(media), tuple(names), look, facts, session)
             fresh.left = tuple(uploads) if recorded else ()
+            if unwanted():
+                if not keep and not recorded:
+                    self.store.give_back(media, uploads)
+                self.store.remove(folder)
+                return None
         except CrabError as error:
             self.store.remove(folder)
             raise type(error)(renamed(str(error), media, names)) from error
@@ -177,6 +186,15 @@ class Visitors:
         for visitor in gone:
             self._discard(visitor)
         self._put_away(fresh)
+
+    def forget_abandoned(self) -> None:
+        """Removes clips unused for long: a page that lost its connection can't say that it was closed."""
+        with self._lock:
+            ago = time.monotonic() - ABANDONED_S
+            keys = [key for key, visitor in self._all.items() if visitor.used < ago and not visitor.busy]
+            gone = [self._all.pop(key) for key in keys]
+        for visitor in gone:
+            self._discard(visitor)
 
     def _put_away(self, used: Visitor) -> None:
         """Forgets the decoded media of all but the clip in use and the last few."""

@@ -50,6 +50,10 @@ class Job:
         """Whether it was asked to end."""
         return self._cancelled.is_set()
 
+    def withdraw(self) -> bool:
+        """Takes it out of its worker's queue; False if it has begun."""
+        return self._worker.withdraw(self)
+
     def emit(self, event: Any) -> None:
         """From the job's thread: hands an event to whoever reads `events`."""
         self._send("event", event)
@@ -74,6 +78,7 @@ class Job:
                 yield value
         finally:
             self.cancel()
+            self.withdraw()  # nobody waits for it any more, so it keeps nobody waiting
 
     async def wait(self) -> Any:
         """Its result, when what it emits doesn't matter."""

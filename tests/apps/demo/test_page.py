@@ -1,5 +1,6 @@
 """The demo in a real Chromium, with the packaged model: what a visitor does, in a visitor's order."""
 
+import threading
 import time
 
 import pytest
@@ -173,6 +174,34 @@ def test_files_that_cant_be_used_are_refused_in_words(page, tmp_path, pictures):
     upload(page, large)
     page.wait_for_selector(".ce-said .ce-error")
     assert "large.mp4 is larger than 5 MB" in page.inner_text(".ce-said")
+
+
+def test_a_clip_chosen_while_another_is_read(page, demo, sample, tmp_path, monkeypatch):
+    first, second = tmp_path / "wrong.mp4", tmp_path / "right.mp4"
+    for path in (first, second):
+        path.write_bytes(sample.read_bytes())
+    reading, gate, real = threading.Event(), threading.Event(), demo.model.open
+
+    def held(media, **options):
+        reading.set()
+        assert gate.wait(30)
+        return real(media, **options)
+
+    monkeypatch.setattr(demo.model, "open", held)
+    upload(page, first)
+    assert reading.wait(30)
+    page.fill("#ce-question textarea", "What makes the sound?")
+    page.click("#ce-go")
+    page.wait_for_selector("#ce-live .ce-error:has-text('still being read')")
+    upload(page, second)
+    page.wait_for_selector(".ce-said:has-text('right.mp4')")
+    until = time.monotonic() + 30
+    while not demo._decoding._jobs and time.monotonic() < until:
+        page.wait_for_timeout(50)
+    gate.set()
+    opened(page, "right.mp4")
+    assert page.inner_text("#ce-live").strip() == "" and page.inner_text("#ce-message").strip() == ""
+    ask(page, "What makes the sound?", 1)
 
 
 def test_a_recording_with_camera_and_microphone(page, pictures):
