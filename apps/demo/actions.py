@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-import traceback
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from crab_edge_apps.demo import answers, asking, exports, markup, pictures
+from crab_edge_apps.demo import answers, asking, exports, notices, pictures
 from crab_edge_apps.demo.openings import Opening, Openings
 from crab_edge_apps.demo.render import Changes, Parts, Renderer
 from crab_edge_apps.demo.texts import say
 from crab_edge_apps.demo.turns import Turn
 from crab_edge_apps.demo.visitors import Visitor, Visitors
-from crab_edge_apps.demo.worker import Busy, Job, Tick, Worker
+from crab_edge_apps.demo.worker import Job, Tick, Worker
 
 from crab_edge import tasks
 from crab_edge.errors import CrabError
@@ -69,8 +68,9 @@ class Actions:
     ) -> AsyncIterator[Changes]:
         parts = self.parts
         visitor: Visitor | None = None
+        changes: Changes = {parts.message: gr.skip()}
         with self._openings.begin(key) as opening:
-            yield {parts.message: _status(say(language, "opening"))}
+            yield {parts.message: notices.status(say(language, "opening"))}
             try:
                 await self._end_running(key)
                 # None where this opening is no longer wanted.
@@ -79,14 +79,13 @@ class Actions:
                 ).wait()
             except Exception as error:
                 if not opening.unwanted:
-                    told = explained(error, opening.language or language)
-                    yield {parts.message: told, **self._emptied()}
-                    return
-            if visitor is None or opening.unwanted:
-                yield {parts.message: gr.skip()}
-                return
-            shown = self.renderer.everything(visitor, opening.language or language)
-            yield {parts.message: "", parts.live: "", **self._emptied(), **shown}
+                    told = notices.explained(error, opening.language or language)
+                    changes = {parts.message: told, **self._emptied()}
+            if visitor is not None and not opening.unwanted:
+                shown = self.renderer.everything(visitor, opening.language or language)
+                changes = {parts.message: "", parts.live: "", **self._emptied(), **shown}
+        # Not inside: who sees the clip may ask about it at once.
+        yield changes
 
     def _opened(
         self, job: Job, opening: Opening, key: str, given: list[Any] | None, recorded: bool
@@ -142,8 +141,9 @@ class Actions:
         if name is not None and not tasks.get(name).needs_question:
             words = None
         elif words is None:
-            without = self.visitors.get(str(request.session_hash)) is None
-            yield refused(language, "need_clip" if without else "need_question")
+            key = str(request.session_hash)
+            without = self.visitors.get(key) is None
+            yield notices.refused(language, self._needs(key) if without else "need_question")
             return
         asked_at = time.perf_counter()
 
@@ -160,7 +160,8 @@ class Actions:
                 said += event
             if time.monotonic() - sent >= _SEND_EVERY_S:
                 sent = time.monotonic()
-                status = _waiting(event, language) or say(language, "answering" if said else "thinking")
+                reading = say(language, "answering" if said else "thinking")
+                status = notices.waiting(event, language) or reading
                 yield answers.live(language, words, name or asking.free_task(), status, said)
 
     async def ask_all(
@@ -189,7 +190,7 @@ class Actions:
             if time.monotonic() - sent >= _SEND_EVERY_S:
                 sent = time.monotonic()
                 running = say(language, "all_running", n=len(names), tokens=tokens)
-                status = _waiting(event, language) or running
+                status = notices.waiting(event, language) or running
                 yield answers.live(language, words, say(language, "all_tasks"), status)
 
     async def _run(
@@ -199,15 +200,15 @@ class Actions:
         key = str(request.session_hash)
         visitor = self.visitors.get(key)
         if self._openings.of(key):
-            yield Shown(refused(language, "still_opening"))
+            yield Shown(notices.refused(language, "still_opening"))
             return
         if visitor is None:
-            yield Shown(refused(language, "need_clip"))
+            yield Shown(notices.refused(language, self._needs(key)))
             return
         if visitor.busy:
             drawing = visitor.job is not visitor.asked
             # The running answer's card stays; a video that is being drawn has none.
-            yield Shown(refused(language, "already") if drawing else gr.skip())
+            yield Shown(notices.refused(language, "already") if drawing else gr.skip())
             return
 
         def whole(job: Job) -> Turn:
@@ -226,9 +227,18 @@ class Actions:
                     return
                 yield event
             if self.visitors.get(key) is not visitor:
-                yield Shown("")  # another clip was opened meanwhile: no card of the old one stays
+                yield Shown(self._instead(key, language))
         except Exception as error:
-            yield Shown("" if self.visitors.get(key) is not visitor else explained(error, language))
+            mine = self.visitors.get(key) is visitor
+            yield Shown(notices.explained(error, language) if mine else self._instead(key, language))
+
+    def _instead(self, key: str, language: str) -> str:
+        """What stands for the card of a clip that is gone: nothing where another was opened meanwhile."""
+        return notices.refused(language, "clip_gone") if self.visitors.lost(key) else ""
+
+    def _needs(self, key: str) -> str:
+        """What a page without a clip is told."""
+        return "clip_gone" if self.visitors.lost(key) else "need_clip"
 
     def told(self, language: str, request: gr.Request) -> Changes:
         """What an answer changed, once it is there."""
@@ -261,18 +271,22 @@ class Actions:
 
     async def make_video(self, language: str, request: gr.Request) -> AsyncIterator[str]:
         """The annotated video, as a link."""
-        visitor = self.visitors.get(str(request.session_hash))
-        if self._openings.of(str(request.session_hash)):
-            yield refused(language, "still_opening")
+        key = str(request.session_hash)
+        visitor = self.visitors.get(key)
+        if self._openings.of(key):
+            yield notices.refused(language, "still_opening")
+            return
+        if visitor is None and self.visitors.lost(key):
+            yield notices.refused(language, "clip_gone")
             return
         if visitor is None or not visitor.turns:
-            yield refused(language, "export_empty")
+            yield notices.refused(language, "export_empty")
             return
         if visitor.busy:
-            yield refused(language, "already")
+            yield notices.refused(language, "already")
             return
         if "video" not in visitor.facts.kinds:
-            yield refused(language, "export_no_video")
+            yield notices.refused(language, "export_no_video")
             return
 
         def work(job: Job) -> Path:
@@ -290,10 +304,10 @@ class Actions:
                 share = event if isinstance(event, float) else share
                 if time.monotonic() - sent >= 5 * _SEND_EVERY_S:
                     sent = time.monotonic()
-                    yield _status(say(language, "export_making", p=f"{100 * share:.0f}"))
+                    yield notices.status(say(language, "export_making", p=f"{100 * share:.0f}"))
             yield exports.video_link(visitor, job.result, language)
         except Exception as error:
-            yield explained(error, language)
+            yield notices.explained(error, language)
 
     # Arriving
 
@@ -309,30 +323,3 @@ class Shown:
 
     def __init__(self, html: Any) -> None:
         self.html = html
-
-
-def refused(language: str, key: str) -> str:
-    """Why nothing was done."""
-    return markup.error(say(language, "error"), say(language, key))
-
-
-def explained(error: Exception, language: str) -> str:
-    """An error in one line; what wasn't expected goes to the terminal as well."""
-    if isinstance(error, Busy):
-        reason = say(language, "busy")
-    elif isinstance(error, CrabError):
-        reason = " ".join(str(error).split())
-    else:
-        traceback.print_exception(error)
-        reason = say(language, "unexpected", kind=type(error).__name__)
-    return markup.error(say(language, "error"), reason)
-
-
-def _status(text: str) -> str:
-    spinner = '<span class="ce-spinner" aria-hidden="true"></span>'
-    return f'<p class="ce-status" role="status">{spinner}{markup.text(text)}</p>'
-
-
-def _waiting(event: Any, language: str) -> str | None:
-    ahead = event.ahead if isinstance(event, Tick) else 0
-    return say(language, "queued", n=ahead) if ahead else None

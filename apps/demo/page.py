@@ -24,7 +24,8 @@ FIRST = "en"
 STATIC = Path(__file__).parent / "static"
 # Ours to stream and to queue: Gradio's own queue only passes events on.
 _PASS: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-
+# What doesn't stream isn't queued either: one request with its answer.
+_DIRECT: dict[str, Any] = {"queue": False, **_PASS}
 
 # The model sees 224 x 224 pixels; Gradio would ask for 1920 x 1440.
 _CAMERA = {"video": {"width": {"ideal": 640}, "height": {"ideal": 480}}, "audio": True}
@@ -208,8 +209,8 @@ def _wire(blocks: gr.Blocks, actions: Actions, parts: Parts, language: str | Non
             actions.ask_all, [parts.question, parts.untrained, parts.language], parts.live, **_PASS
         ),
     ):
-        asked.then(actions.told, [parts.language], changed, **_PASS)
-    parts.stop.click(actions.stop, None, parts.live, queue=False, **_PASS)
+        asked.then(actions.told, [parts.language], changed, **_DIRECT)
+    parts.stop.click(actions.stop, None, parts.live, **_DIRECT)
     parts.make_video.click(actions.make_video, [parts.language], parts.made_video, **_PASS)
 
     def toggle(which: str) -> Changes:
@@ -218,7 +219,7 @@ def _wire(blocks: gr.Blocks, actions: Actions, parts: Parts, language: str | Non
         return {shown: gr.update(visible=True), hidden: gr.update(visible=False)}
 
     for which, button in (("camera", parts.camera_button), ("microphone", parts.microphone_button)):
-        button.click(lambda which=which: toggle(which), None, [parts.camera, parts.microphone], **_PASS)
+        button.click(lambda which=which: toggle(which), None, [parts.camera, parts.microphone], **_DIRECT)
 
     def arrive(request: gr.Request) -> Changes:
         wanted = language or preferred(request.headers.get("accept-language", ""))
@@ -226,6 +227,6 @@ def _wire(blocks: gr.Blocks, actions: Actions, parts: Parts, language: str | Non
             return {parts.language: gr.skip()}
         return {parts.language: wanted, **actions.speak(wanted, request)}
 
-    parts.language.input(actions.speak, [parts.language], every, trigger_mode="always_last", **_PASS)
-    blocks.load(arrive, None, every, **_PASS)
+    parts.language.input(actions.speak, [parts.language], every, trigger_mode="always_last", **_DIRECT)
+    blocks.load(arrive, None, every, **_DIRECT)
     blocks.unload(actions.leave)

@@ -106,7 +106,7 @@ class Server:
             app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None, "openapi_url": None},
             theme=_theme(),
             css_paths=[page.STATIC / "demo.css"],
-            head=f"<script>{(page.STATIC / 'demo.js').read_text('utf-8')}</script>".replace(
+            head="".join(_script(page.STATIC, name) for name in ("stream.js", "demo.js")).replace(
                 "MAX_BYTES", str(max_bytes)
             ),
             favicon_path=str(page.STATIC / "icon.svg"),
@@ -207,6 +207,10 @@ def _example_folder() -> Path:
     with contextlib.suppress(InputError):
         return sample_clip()
     return Path(os.devnull)
+
+
+def _script(folder: Path, name: str) -> str:
+    return f"<script>{(folder / name).read_text('utf-8')}</script>"
 
 
 def _theme() -> Any:

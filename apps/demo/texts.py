@@ -48,6 +48,8 @@ _EN = {
     "queued": "Waiting; ahead of you: {n}",
     "all_running": "tasks: {n}; tokens so far: {tokens}",
     "need_clip": "Open a clip first: a file, a recording, or the example",
+    "clip_gone": "This page's clip was deleted: the page lost its connection, or wasn't used for long. Open "
+    "the clip again",
     "need_question": "Type a question, or choose a task that needs none",
     "still_opening": "The clip is still being read; ask once it is shown",
     "already": "An answer is on its way; stop it first",
@@ -147,6 +149,7 @@ _ZH = {
     "queued": "排队中，前面还有 {n} 个",
     "all_running": "{n} 个任务，已生成 {tokens} 个词元",
     "need_clip": "请先打开一个片段：文件、录制或示例",
+    "clip_gone": "此页面的片段已删除：页面断开了连接，或长时间未使用。请重新打开片段",
     "need_question": "请输入问题，或选择不需要问题的任务",
     "still_opening": "片段仍在读取，请在显示后再提问",
     "already": "正在回答，请先停止",

@@ -30,6 +30,7 @@ IDLE_S = 60 * 60.0
 ABANDONED_S = 8 * 60 * 60.0
 _MOST_FILES = 6
 _MOST_TURNS = 30
+_MOST_REMEMBERED = 1000
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class Visitors:
         self.model = model
         self.max_minutes = max_minutes
         self._all: OrderedDict[str, Visitor] = OrderedDict()
+        # Pages whose clip was deleted: one that lost its connection still shows it.
+        self._without: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: str) -> Visitor | None:
@@ -119,6 +122,11 @@ class Visitors:
                 visitor.used = time.monotonic()
                 self._all.move_to_end(key)
             return visitor
+
+    def lost(self, key: str) -> bool:
+        """Whether the page had a clip that was deleted since."""
+        with self._lock:
+            return key in self._without
 
     def open(
         self,
@@ -177,12 +185,13 @@ class Visitors:
         with self._lock:
             old = self._all.pop(key, None)
             self._all[key] = fresh
+            self._without.pop(key, None)
             gone = [old] if old is not None else []
             now = time.monotonic()
             for other, visitor in list(self._all.items()):
                 crowded = len(self._all) > MOST_VISITORS or now - visitor.used > IDLE_S
                 if other != key and crowded and not visitor.busy:
-                    gone.append(self._all.pop(other))
+                    gone.append(self._without_clip(other))
         for visitor in gone:
             self._discard(visitor)
         self._put_away(fresh)
@@ -192,7 +201,7 @@ class Visitors:
         with self._lock:
             ago = time.monotonic() - ABANDONED_S
             keys = [key for key, visitor in self._all.items() if visitor.used < ago and not visitor.busy]
-            gone = [self._all.pop(key) for key in keys]
+            gone = [self._without_clip(key) for key in keys]
         for visitor in gone:
             self._discard(visitor)
 
@@ -208,9 +217,16 @@ class Visitors:
     def leave(self, key: str) -> None:
         """The page was closed: its files go."""
         with self._lock:
-            visitor = self._all.pop(key, None)
+            visitor = self._without_clip(key) if key in self._all else None
         if visitor is not None:
             self._discard(visitor)
+
+    def _without_clip(self, key: str) -> Visitor:
+        """With the lock held: takes the page's clip away and remembers that."""
+        self._without[key] = None
+        while len(self._without) > _MOST_REMEMBERED:
+            self._without.popitem(last=False)
+        return self._all.pop(key)
 
     def _discard(self, visitor: Visitor) -> None:
         if visitor.job is not None:

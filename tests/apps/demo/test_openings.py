@@ -294,3 +294,62 @@ def test_clips_of_pages_that_never_said_goodbye_go(page, sample, monkeypatch):
         assert len(page.visitors) == 0 and page.media == []
 
     run(scenario())
+
+
+def test_a_clip_may_be_asked_about_as_soon_as_it_is_shown(page, sample):
+    async def scenario():
+        async for changes in page.actions.open_files([page.upload(sample, "a.mp4")], "en", ME):
+            page.show(changes)
+            if "a.mp4" in page.shown.get(page.parts.stage, ""):
+                # The page has it; what opened it hasn't had its next turn yet.
+                await page.ask()
+                page.told()
+        assert "electric guitar" in page.shown[page.parts.thread]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("at", ["rest", "an answer"])
+def test_a_page_that_lost_its_connection_is_told_that_its_clip_went(page, sample, at):
+    gone = "clip was deleted"
+
+    async def scenario():
+        await page.ask()
+        assert "Open a clip first" in page.shown[page.parts.live]
+        await page.open(page.upload(sample, "a.mp4"))
+        if at == "an answer":
+            gate = threading.Event()
+            page.answering.submit(lambda job: gate.wait(20))
+            asking = asyncio.create_task(page.ask())
+            await asyncio.sleep(0.1)
+            await asyncio.to_thread(page.actions.leave, ME)  # as Gradio says when the connection breaks
+            gate.set()
+            await asking
+            assert gone in page.shown[page.parts.live]
+        else:
+            await asyncio.to_thread(page.actions.leave, ME)
+        for action in (
+            page.actions.ask(QUESTION, "", False, "en", ME),
+            page.actions.ask_all("", False, "en", ME),
+        ):
+            page.shown[page.parts.live] = ""
+            await page.follow(action, page.parts.live)
+            assert gone in page.shown[page.parts.live]
+        await page.follow(page.actions.make_video("en", ME), page.parts.made_video)
+        assert gone in page.shown[page.parts.made_video]
+        # And it can go on.
+        await page.open(page.upload(sample, "b.mp4"))
+        await page.ask()
+        page.told()
+        assert page.shown[page.parts.live] == "" and "<article" in page.shown[page.parts.thread]
+
+    run(scenario())
+
+
+def test_only_so_many_lost_pages_are_remembered(page, sample, monkeypatch):
+    monkeypatch.setattr(visitors_module, "_MOST_REMEMBERED", 2)
+    for key in ("a", "b", "c"):
+        page.visitors.open(key, [sample], ["a.mp4"], keep=True)
+        page.visitors.leave(key)
+        page.visitors.leave(f"{key}, which never had a clip")
+    assert [page.visitors.lost(key) for key in ("a", "b", "c")] == [False, True, True]
